@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images by their name on the command line.
+
+    PATH                        a raw file or a block device
+    qcow2:PATH  vmdk: vdi: ...  that format
+    nbd://HOST/EXPORT           an NBD export; nbds:// with TLS, nbd+unix:///EXPORT?socket=PATH
+
+A format is what the user says it is and never guessed: a raw disk's bytes are the guest's, who could
+otherwise make itself read any file of the host by writing a header that names it as its backing file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dirtymap import errors
+from dirtymap.images import base, file
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to reach images: secrets, connections, TLS; the same for both sides."""
+
+    secrets: tuple[str, ...] = ()
+    connections: int | None = None
+    read_all: bool = False
+    tls_certificates: str | None = None
+    tls_psk: str | None = None
+    tls_user: str | None = None
+
+
+Opener = Callable[[str, bool, Options], base.Image]
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
+
+
+def _open_raw(spec: str, writable: bool, _: Options) -> base.Image:
+    return file.open_file(split(spec)[1], writable=writable)
+
+
+# scheme -> what opens the whole specification, for reading or for writing.
+OPENERS: dict[str, Opener] = {"raw": _open_raw}
+
+
+def split(spec: str) -> tuple[str, str]:
+    """Return (scheme, rest) of an image's name; a name without a scheme is a raw image's path.
+
+    A path with a colon is written with a slash before it (./a:b), as everywhere.
+    """
+    match = _SCHEME.fullmatch(spec)
+    if match is None:
+        return "raw", spec
+    scheme, rest = match.groups()
+    if scheme not in OPENERS:
+        known = ", ".join(f"{name}:" for name in sorted(OPENERS))
+        raise errors.ImageError(
+            spec, f"{scheme}: is no image format known here ({known}); a file is written ./{spec}"
+        )
+    return scheme, rest
+
+
+def open(spec: str, *, writable: bool = False, options: Options = Options()) -> base.Image:
+    """Open the image that `spec` names; the caller closes it. Raises ImageError."""
+    if "\0" in spec:
+        raise errors.ImageError(repr(spec), "is no name of a file")
+    scheme, _ = split(spec)
+    return OPENERS[scheme](spec, writable, options)
+
+
+def open_reference(spec: str, *, options: Options = Options()) -> base.Image:
+    """Open what stands as a reference: any image. The caller closes it. Raises ImageError."""
+    return open(spec, options=options)
+
+
+def path(spec: str) -> str | None:
+    """Return the absolute path of the file that `spec` names, or None where it names none."""
+    scheme, rest = split(spec)
+    return None if scheme.startswith("nbd") else os.path.abspath(rest)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw images: a regular file or a block device, byte for byte the guest's disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from collections.abc import Iterator
+
+from dirtymap import errors, extent
+from dirtymap.images import lock, pagecache
+
+# include/uapi/linux/loop.h: struct loop_info64 begins with lo_device and lo_inode.
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO64_LENGTH = 232
+_LOOP_MAJOR = 7
+
+
+class FileImage:
+    """The raw image at `path`; use `open_file`."""
+
+    def __init__(self, path: str, fd: int, size: int, *, writable: bool) -> None:
+        self.name = path
+        self.path = os.path.abspath(path)
+        self.size = size
+        self.writable = writable
+        self.fd = fd
+        self._reader = pagecache.Reader(fd)
+
+    @property
+    def is_device(self) -> bool:
+        """Whether this is a block device."""
+        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `start` on and leave the page cache as it was; raises OSError."""
+        self._reader.read_into(start, buffer)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return the bytes from `start` on, through the page cache, as a guest reads; raises OSError."""
+        parts = bytearray()
+        while len(parts) < length:
+            part = os.pread(self.fd, length - len(parts), start + len(parts))
+            if not part:
+                raise OSError(errno.EIO, "the file has become shorter")
+            if len(part) == length:
+                return part
+            parts += part
+        return bytes(parts)
+
+    def write(self, start: int, buffer: bytes | memoryview) -> None:
+        """Write all of `buffer` at `start`; raises OSError."""
+        view = memoryview(buffer)
+        while view:
+            done = os.pwrite(self.fd, view, start)
+            start += done
+            view = view[done:]
+
+    def flush(self, datasync: bool = True) -> None:
+        """Return when everything written is on stable storage."""
+        (os.fdatasync if datasync else os.fsync)(self.fd)
+
+    def extents(
+        self, start: int, length: int, deadline: float | None = None
+    ) -> Iterator[extent.Extent]:
+        """Yield data and holes as SEEK_DATA and SEEK_HOLE know them (lseek(2)).
+
+        A hole of a regular file reads as zeros. What cannot be told, or not before `deadline`, is data.
+        """
+        return extent.join(self._extents(start, start + length, deadline))
+
+    def _extents(self, start: int, end: int, deadline: float | None) -> Iterator[extent.Extent]:
+        while start < end:
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            try:
+                data = min(self._seek(start, os.SEEK_DATA), end)
+                hole = min(self._seek(data, os.SEEK_HOLE), end) if data < end else end
+            except OSError:
+                break
+            yield extent.Extent(start, data - start, zero=True, hole=True)
+            yield extent.data(data, hole - data)
+            if hole <= start:
+                break
+            start = hole
+        if start < end:
+            yield extent.data(start, end - start)
+
+    def _seek(self, start: int, whence: int) -> int:
+        try:
+            return os.lseek(self.fd, start, whence)
+        except OSError as error:
+            # "whence is SEEK_DATA and the file offset is inside a hole at the end of the file."
+            if error.errno == errno.ENXIO and whence == os.SEEK_DATA:
+                return self.size
+            raise
+
+    def close(self) -> None:
+        """Close the file and with it its locks."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def open_file(path: str, *, writable: bool = False) -> FileImage:
+    """Open the raw file or block device at `path` and lock it as QEMU would; the caller closes it.
+
+    Raises ImageError where it is missing, not readable or writable, empty, neither a file nor a
+    block device, or in use by somebody else.
+    """
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        if writable and stat.S_ISBLK(os.stat(path).st_mode):
+            # Refused by the kernel while a file system on the device is mounted (open(2)).
+            flags |= os.O_EXCL
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise errors.ImageError(path, "is mounted or otherwise in use: release it") from None
+        if error.errno == errno.EISDIR:
+            raise errors.ImageError(path, "is a directory, not an image") from None
+        raise errors.ImageError(path, f"cannot be opened: {errors.reason(error)}") from None
+    try:
+        size = _size(fd, path)
+        lock.take(fd, path, writing=writable)
+        return FileImage(path, fd, size, writable=writable)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _size(fd: int, path: str) -> int:
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+        raise errors.ImageError(path, f"is {kind}, not an image")
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if size == 0:
+        raise errors.ImageError(path, "is empty: there is nothing to compare")
+    return size
+
+
+def identity(fd: int) -> tuple[int, int, int]:
+    """Return what two names of the same bytes have in common.
+
+    For a loop device that is its backing file; two partitions or offsets of one file count as the same,
+    which is a doubt that only ever refuses.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return (0, status.st_dev, status.st_ino)
+    if os.major(status.st_rdev) == _LOOP_MAJOR:
+        try:
+            info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_LENGTH))
+        except OSError:
+            return (1, status.st_rdev, 0)
+        device, inode = struct.unpack_from("=QQ", info)
+        return (0, device, inode)
+    return (1, status.st_rdev, 0)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house's rules, read from the sources: which package may import what, and how large a file is."""
+
+import ast
+import pathlib
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Package -> what of ours it may import. Arrows go one way.
+ARROWS = {
+    "dirtymap": set[str](),
+    "scanner": {"dirtymap"},
+    "overlayfs": {"dirtymap"},
+    "posthoc": {"dirtymap", "scanner", "overlayfs"},
+}
+
+# Library -> the only files (or folders) that import it.
+ONLY_IN = {
+    "nbd": ["dirtymap/images/nbd.py"],
+    "pyfuse3": ["overlayfs"],
+    "rich": ["posthoc"],
+    "argparse": ["posthoc"],
+}
+
+# A file this long has a second idea in it.
+LONGEST_FILE = 400
+
+SOURCES = sorted(
+    path.relative_to(ROOT) for package in ARROWS for path in (ROOT / package).rglob("*.py")
+)
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("tests", "scripts")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def tree(path: pathlib.Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(), str(path))
+
+
+def imports(path: pathlib.Path) -> Iterator[str]:
+    """Yield the full name of every module that a file imports, wherever in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides the owner"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_arrows_between_packages_go_one_way(path: pathlib.Path) -> None:
+    """A package imports only those below it; nothing imports the tests or a script."""
+    ours = set(ARROWS) | {"tests", "scripts"}
+    used = {name.split(".")[0] for name in imports(path)} & ours
+    assert used <= ARROWS[path.parts[0]] | {path.parts[0]}
+
+
+@pytest.mark.parametrize(("library", "places"), ONLY_IN.items(), ids=ONLY_IN)
+def test_library_is_used_in_its_place_only(library: str, places: list[str]) -> None:
+    """What is hard to install or to test is behind one module."""
+    users = [
+        str(path)
+        for path in SOURCES
+        if library in {name.split(".")[0] for name in imports(path)}
+        and not any(path.is_relative_to(place) for place in places)
+    ]
+    assert users == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_file_has_one_idea(path: pathlib.Path) -> None:
+    """A module opens with its licence and what it is for, and is not a book."""
+    text = (ROOT / path).read_text()
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert ast.get_docstring(tree(path)), "no docstring"
+    assert len(text.splitlines()) <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=str)
+def test_no_shell_stands_before_a_command(path: pathlib.Path) -> None:
+    """External commands are lists: a file name is never read as a shell's."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("os.system", "os.popen", "subprocess.getoutput")
+            for keyword in node.keywords:
+                if keyword.arg == "shell":
+                    assert isinstance(keyword.value, ast.Constant), ast.unparse(node)
+                    assert not keyword.value.value, ast.unparse(node)
+
+
+def test_every_folder_of_the_packages_is_one_and_is_known_to_the_build() -> None:
+    """meson.build names each folder, so that no __pycache__ of it is installed."""
+    text = (ROOT / "meson.build").read_text()
+    table = re.search(r"^packages = \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    named = {
+        str(pathlib.PurePath(package, folder))
+        for package, folders in re.findall(r"'(\w+)': \[(.*?)\]", table[1])
+        for folder in ["", *re.findall(r"'([^']+)'", folders)]
+    }
+    assert named == {str(path.parent) for path in SOURCES}
+    assert all((ROOT / folder / "__init__.py").exists() for folder in named)
+
+
+@pytest.mark.parametrize("name", ["scripts/setup", "scripts/test", ".ci/run"])
+def test_script_is_runnable_and_parses(name: str) -> None:
+    """What the README names can be started."""
+    path = ROOT / name
+    assert path.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(path)], check=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""qcow2's structures, and the carrier: a qcow2 file that holds one dirty bitmap."""
+"""qcow2 files that hold dirty maps: `format` for the bytes, `carrier` for the files."""

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU processes for the tests of `attach`: qemu-storage-daemon and qemu-system, without a guest.
+
+Each has two monitors, one for posthoc and one for the test, and disks whose nodes are named as asked.
+What a guest would write comes through `Qemu.write`: qemu-io in qemu-system's human monitor, a FUSE export
+in qemu-storage-daemon (it has no human monitor, and its one NBD server is posthoc's to start).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tests import qemu, wait
+
+BLOCK = 4096
+
+
+class Client:
+    """A plain blocking QMP client for the tests' own commands."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(wait.DEADLINE)
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
+        self.lines = self.socket.makefile("rb")
+        self.lock = threading.Lock()
+        assert "QMP" in json.loads(self.lines.readline())
+        self("qmp_capabilities")
+
+    def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the whole reply."""
+        with self.lock:
+            message = {"execute": command, "arguments": dict(arguments or {})}
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+            while "event" in (reply := json.loads(self.lines.readline())):
+                pass
+            result: dict[str, Any] = reply
+            return result
+
+    def __call__(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Return what the command returns; AssertionError if QEMU refuses it."""
+        reply = self.ask(command, arguments)
+        assert "return" in reply, (command, arguments, reply)
+        return reply["return"]
+
+    def close(self) -> None:
+        self.lines.close()
+        self.socket.close()
+
+
+@dataclasses.dataclass
+class Disk:
+    """A disk to be: its node's name, its file and format."""
+
+    node: str
+    path: pathlib.Path
+    format: str = "raw"
+
+    def blockdev(self) -> dict[str, Any]:
+        file = {"driver": "file", "filename": str(self.path), "discard": "unmap"}
+        return {
+            "driver": self.format,
+            "node-name": self.node,
+            "discard": "unmap",
+            "file": file,
+        }
+
+
+@dataclasses.dataclass
+class Qemu:
+    """A running QEMU."""
+
+    process: subprocess.Popen[bytes]
+    folder: pathlib.Path
+    system: bool
+
+    @property
+    def qmp(self) -> str:
+        """The monitor for posthoc."""
+        return str(self.folder / "qmp")
+
+    def __post_init__(self) -> None:
+        path = self.folder / "side"
+
+        def connected() -> Client | None:
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            # The last of the sockets to be made is the one that QEMU serves when it is ready.
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return Client(path)
+            return None
+
+        self.client = wait.until(connected, "QEMU listens")
+
+    def write(self, node: str, start: int, length: int, pattern: int) -> None:
+        """Write `length` bytes of `pattern` as a guest would."""
+        if self.system:
+            # Silent when it went well (-q keeps its report out of the log); a failure is returned text.
+            command = f'qemu-io {node} "write -q -P {pattern} {start} {length}"'
+            said = self.client("human-monitor-command", {"command-line": command})
+            assert said == "", said
+            return
+        descriptor = os.open(self._fuse(node), os.O_WRONLY)
+        try:
+            assert os.pwrite(descriptor, bytes([pattern]) * length, start) == length
+        finally:
+            os.close(descriptor)
+
+    def _fuse(self, node: str) -> pathlib.Path:
+        """The file that q-s-d shows for `node`; exported with the first use."""
+        file = self.folder / f"fuse-{node}"
+        if not file.exists():
+            file.touch()
+            export = {"type": "fuse", "id": f"fuse-{node}", "node-name": node, "writable": True}
+            self.client("block-export-add", {**export, "mountpoint": str(file)})
+        return file
+
+    def bitmaps(self, node: str) -> dict[str, dict[str, Any]]:
+        """The bitmaps of a node by name."""
+        nodes = self.client("query-named-block-nodes", {"flat": True})
+        (found,) = [n for n in nodes if n["node-name"] == node]
+        return {bitmap["name"]: bitmap for bitmap in found.get("dirty-bitmaps", [])}
+
+    def state(self) -> dict[str, Any]:
+        """All that attach could leave behind: nodes, bitmaps, exports, and whether NBD is served."""
+        nodes = self.client("query-named-block-nodes", {"flat": True})
+        exports = self.client("query-block-exports")
+        return {
+            "nodes": sorted(
+                # QEMU names implicit nodes #block123.
+                (n["node-name"], sorted(b["name"] for b in n.get("dirty-bitmaps", [])))
+                for n in nodes
+            ),
+            "exports": sorted(e["id"] for e in exports if e["type"] == "nbd"),
+            "server": "server" in self.served(),
+        }
+
+    def served(self) -> str:
+        """Return "server" when an NBD server runs. Asked by stopping it, hence only where none should."""
+        reply = self.client.ask("nbd-server-stop")
+        return "no" if "error" in reply else "server"
+
+    def backup(self, jobs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Start backups (target node -> blockdev-backup arguments) at one instant, and wait for all."""
+        actions = [
+            {
+                "type": "blockdev-backup",
+                "data": {
+                    "job-id": f"job-{target}",
+                    "target": target,
+                    "auto-dismiss": False,
+                    **arguments,
+                },
+            }
+            for target, arguments in jobs.items()
+        ]
+        self.client("transaction", {"actions": actions})
+        for target in jobs:
+            self._finish(f"job-{target}")
+
+    def _finish(self, job_id: str) -> None:
+        def concluded() -> dict[str, Any] | None:
+            (job,) = [j for j in self.client("query-jobs") if j["id"] == job_id]
+            return job if job["status"] == "concluded" else None
+
+        job = wait.until(concluded, f"{job_id} is done")
+        self.client("job-dismiss", {"id": job_id})
+        assert "error" not in job, job
+
+    def new_target(
+        self, name: str, size: int, backing: tuple[pathlib.Path, str] | None = None
+    ) -> pathlib.Path:
+        """Add a new qcow2 as node `name` and return its path."""
+        path = self.folder / f"{name}.qcow2"
+        qemu.create(path, size, "qcow2", backing=backing)
+        self.client("blockdev-add", {**Disk(name, path, "qcow2").blockdev(), "backing": None})
+        return path
+
+    def backups_agree(
+        self, node: str, bitmap: str, reference: tuple[pathlib.Path, str], size: int
+    ) -> bool:
+        """Take a full and an incremental backup of one instant; return whether they are the same disk.
+
+        The incremental is `bitmap`'s over `reference`, so that this judges the bitmap by QEMU's own
+        blockdev-backup and qemu-img compare, also while a writer is at it.
+        """
+        full = self.new_target("full", size)
+        incremental = self.new_target("incremental", size, reference)
+        self.backup(
+            {
+                "full": {"device": node, "sync": "full"},
+                "incremental": {
+                    "device": node,
+                    "sync": "bitmap",
+                    "bitmap": bitmap,
+                    "bitmap-mode": "never",
+                },
+            }
+        )
+        for name in ("full", "incremental"):
+            self.client("blockdev-del", {"node-name": name})
+        same = qemu.identical(full, incremental, ("qcow2", "qcow2"))
+        full.unlink()
+        incremental.unlink()
+        return same
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it, in order where it still answers."""
+        if self.process.poll() is None:
+            with contextlib.suppress(OSError, ValueError, AssertionError):
+                self.client("quit")
+        self.client.close()
+        try:
+            self.process.wait(wait.DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        for file in self.folder.glob("fuse-*"):
+            subprocess.run(["umount", "--lazy", str(file)], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def running(*disks: Disk, system: bool = False, iothread: bool = False) -> Iterator[Qemu]:
+    """Run qemu-storage-daemon, or qemu-system, over `disks`; in an iothread when asked.
+
+    The folder's name is short: a socket's path has at most 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="posthoc-vm-", dir="/tmp") as name:
+        folder = pathlib.Path(name)
+        command = _system(folder) if system else _storage_daemon(folder)
+        if iothread:
+            command += ["-object" if system else "--object", "iothread,id=io0"]
+        for disk in disks:
+            command += ["-blockdev" if system else "--blockdev", json.dumps(disk.blockdev())]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
+            )
+        try:
+            instance = Qemu(process, folder, system)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        try:
+            if iothread:
+                for disk in disks:
+                    to_iothread = {"node-name": disk.node, "iothread": "io0"}
+                    instance.client("x-blockdev-set-iothread", to_iothread)
+            yield instance
+        finally:
+            instance.stop()
+
+
+def _storage_daemon(folder: pathlib.Path) -> list[str]:
+    command = ["qemu-storage-daemon"]
+    for name in ("qmp", "side"):
+        command += ["--chardev", f"socket,path={folder / name},server=on,wait=off,id={name}"]
+        command += ["--monitor", f"chardev={name}"]
+    return command
+
+
+def _system(folder: pathlib.Path) -> list[str]:
+    """A machine that is never started: what is under test is its block layer."""
+    command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-machine", "q35", "-m", "16"]
+    command += ["-nodefaults", "-no-user-config", "-display", "none"]
+    for name in ("qmp", "side"):
+        command += ["-qmp", f"unix:{folder / name},server=on,wait=off"]
+    return command
+
+
+class Writer(threading.Thread):
+    """Writes random blocks of one node as fast as it can until stopped; counts them."""
+
+    def __init__(self, write: Callable[[int, int, int], None], size: int, seed: int = 1) -> None:
+        super().__init__(daemon=True)
+        self.write = write
+        self.size = size
+        self.random = random.Random(seed)
+        self.count = 0
+        self.error: BaseException | None = None
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self.ending.is_set():
+                start = self.random.randrange(self.size // BLOCK) * BLOCK
+                self.write(start, BLOCK, self.random.randrange(1, 256))
+                self.count += 1
+        except BaseException as error:  # noqa: BLE001 - told by stop()
+            self.error = error
+
+    def stop(self) -> None:
+        self.ending.set()
+        self.join(wait.DEADLINE)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+
+
+@contextlib.contextmanager
+def writing(vm: Qemu, node: str, size: int) -> Iterator[Writer]:
+    """Write to `node` while the block runs; the first hundred writes are done when it begins."""
+    writer = Writer(lambda start, length, pattern: vm.write(node, start, length, pattern), size)
+    writer.start()
+    try:
+        wait.until(lambda: writer.count > 100 or writer.error, "the writer writes")
+        yield writer
+    finally:
+        writer.stop()

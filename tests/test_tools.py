@@ -10,7 +10,7 @@ from tests import oracle, qemu
 KIB = 1024
 
 
-def write(path: pathlib.Path, content: bytes) -> pathlib.Path:
+def write(path: pathlib.Path, content: bytes | bytearray) -> pathlib.Path:
     path.write_bytes(content)
     return path
 
@@ -102,7 +102,7 @@ def test_a_file_with_a_bad_sector(tmp_path: pathlib.Path) -> None:
     """nbdfuse over nbdkit's error filter gives EIO to a read of the file."""
     image = write(tmp_path / "image", b"a" * 64 * KIB)
     bad = tmp_path / "bad"
-    arguments = ["file", image, "error-pread-rate=100%", f"error-file={bad}"]
+    arguments = ["file", str(image), "error-pread-rate=100%", f"error-file={bad}"]
     with (
         qemu.nbdkit(*arguments, filters=["error"]) as address,
         qemu.nbdfuse(address, tmp_path / "fuse") as file,

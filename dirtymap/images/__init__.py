@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dirtymap import errors
-from dirtymap.images import base, file
+from dirtymap.images import base, export, file, nbd, qemu_nbd
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,25 @@ def _open_raw(spec: str, writable: bool, _: Options) -> base.Image:
     return file.open_file(split(spec)[1], writable=writable)
 
 
+def _open_export(spec: str, writable: bool, options: Options) -> base.Image:
+    address = nbd.Address.of(spec, options)
+    return export.open_export(spec, address, writable=writable, connections=options.connections)
+
+
+def _open_format(spec: str, writable: bool, options: Options) -> base.Image:
+    driver, path = split(spec)
+    return qemu_nbd.open_image(spec, driver, path, writable=writable, options=options)
+
+
+FORMATS = ("qcow2", "vmdk", "vdi", "vhdx", "vpc", "luks")
+EXPORTS = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+
 # scheme -> what opens the whole specification, for reading or for writing.
-OPENERS: dict[str, Opener] = {"raw": _open_raw}
+OPENERS: dict[str, Opener] = {
+    "raw": _open_raw,
+    **dict.fromkeys(FORMATS, _open_format),
+    **dict.fromkeys(EXPORTS, _open_export),
+}
 
 
 def split(spec: str) -> tuple[str, str]:
@@ -62,7 +79,9 @@ def split(spec: str) -> tuple[str, str]:
     return scheme, rest
 
 
-def open(spec: str, *, writable: bool = False, options: Options = Options()) -> base.Image:
+def open(  # noqa: A001 (read as images.open)
+    spec: str, *, writable: bool = False, options: Options = Options()
+) -> base.Image:
     """Open the image that `spec` names; the caller closes it. Raises ImageError."""
     if "\0" in spec:
         raise errors.ImageError(repr(spec), "is no name of a file")
@@ -79,3 +98,23 @@ def path(spec: str) -> str | None:
     """Return the absolute path of the file that `spec` names, or None where it names none."""
     scheme, rest = split(spec)
     return None if scheme.startswith("nbd") else os.path.abspath(rest)
+
+
+def same_file(one: str, other: str) -> bool:
+    """Return whether two names surely or possibly mean bytes of one file, also behind loop devices.
+
+    What cannot be opened here is told as such by `open`.
+    """
+    paths = path(one), path(other)
+    fds: list[int] = []
+    try:
+        for where in paths:
+            if where is None:
+                return False
+            fds.append(os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        return file.identity(fds[0]) == file.identity(fds[1])
+    except OSError:
+        return False
+    finally:
+        for fd in fds:
+            os.close(fd)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections to one server, lent to one thread at a time."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dirtymap.images import nbd
+
+
+class Pool:
+    """At most `limit` connections to `address`, made when first needed."""
+
+    def __init__(self, address: nbd.Address, limit: int) -> None:
+        self.address = address
+        self._limit = limit
+        self._made = 0
+        self._idle: list[nbd.Connection] = []
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @contextmanager
+    def connection(self) -> Iterator[nbd.Connection]:
+        """Lend a connection for as long as the block lasts. Raises nbd.LostError where none can be made."""
+        connection = self._take()
+        try:
+            yield connection
+        except BaseException as error:
+            # After anything but the server's own answer nobody knows what is still in flight.
+            if not isinstance(error, OSError):
+                connection.close()
+            raise
+        finally:
+            self._give(connection)
+
+    def _take(self) -> nbd.Connection:
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise OSError(errno.EBADF, "the image has been closed")
+                if self._idle:
+                    return self._idle.pop()
+                if self._made < self._limit:
+                    self._made += 1
+                    break
+                self._changed.wait()
+        try:
+            return nbd.Connection(self.address)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        with self._changed:
+            self._made -= 1
+            self._changed.notify()
+
+    def _give(self, connection: nbd.Connection) -> None:
+        with self._changed:
+            if not (self._closed or connection.is_over):
+                self._idle.append(connection)
+                self._changed.notify()
+                return
+        connection.close()
+        self._forget()
+
+    def add(self, connection: nbd.Connection) -> None:
+        """Take over a connection made elsewhere."""
+        with self._changed:
+            self._made += 1
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close what is idle now, and what is lent out when it comes back."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for connection in idle:
+            connection.close()

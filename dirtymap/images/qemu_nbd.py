@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of every format QEMU knows, through a qemu-nbd of ours that dies with us.
+
+    open_image ── chain ── qemu-nbd -k FOLDER/nbd ── export.NbdImage
+                           in a folder of mode 0700, so that nobody else reads the guest's disk
+
+Every layer's driver is said on its command line (chain.py): nothing is probed. QEMU's own image locks
+hold: an image in use by a VM is refused, with QEMU's words.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dirtymap import errors
+from dirtymap.images import chain, child, export, nbd, qemu_img
+
+if TYPE_CHECKING:
+    from dirtymap import images
+
+# Seconds until it answers, and until it has ended: a writable image's metadata has to be written then.
+_START_PATIENCE = 60.0
+_STOP_PATIENCE = 10.0
+_STOP_PATIENCE_WRITABLE = 120.0
+# Connections it accepts: ours, and those that are lost but not yet noticed by it.
+_SHARED = 64
+# sockaddr_un holds 107 bytes (unix(7)).
+_LONGEST_FOLDER = 90
+
+
+class Server:
+    """A running qemu-nbd that exports one chain of files. The caller stops it."""
+
+    def __init__(
+        self, layers: Sequence[chain.Layer], secrets: Sequence[str], *, writable: bool
+    ) -> None:
+        self.layers = tuple(layers)
+        self._writable = writable
+        self._folder = _private_folder()
+        try:
+            socket = os.path.join(self._folder, "nbd")
+            self.uri = nbd.uri(socket)
+            # One that is written to is told to end, and writes its metadata first.
+            death = signal.SIGTERM if writable else signal.SIGKILL
+            self.child = child.Child(
+                _command(socket, layers, secrets, writable=writable),
+                os.path.join(self._folder, "stderr"),
+                death,
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return not self.child.has_ended()
+
+    def stop(self) -> None:
+        """End it, cleanly where it writes, and remove its folder. May be called more than once."""
+        self.child.stop(_STOP_PATIENCE_WRITABLE if self._writable else _STOP_PATIENCE)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def open_image(
+    spec: str, driver: str, path: str, *, writable: bool, options: images.Options
+) -> export.NbdImage:
+    """Open the image at `path` of the format `driver`; the caller closes it. Raises ImageError."""
+    nbd.require_binding()
+    layers = chain.layers(spec, path, driver)
+    if any(layer.encrypted for layer in layers) and not options.secrets:
+        raise errors.ImageError(spec, "is encrypted: name the file with its passphrase (--secret)")
+    server = Server(layers, options.secrets, writable=writable)
+    try:
+        address = nbd.Address(server.uri, contexts=(nbd.BASE_ALLOCATION, nbd.ALLOCATION_DEPTH))
+        _wait_until_ready(spec, path, server, address)
+        image = export.open_export(
+            spec, address, writable=writable, connections=options.connections
+        )
+        image.server = server
+    except BaseException:
+        server.stop()
+        raise
+    return image
+
+
+def _wait_until_ready(spec: str, path: str, server: Server, address: nbd.Address) -> None:
+    deadline = time.monotonic() + _START_PATIENCE
+    while True:
+        try:
+            nbd.Connection(address).close()
+            return
+        except nbd.LostError as error:
+            if server.child.has_ended(0.01):
+                reason = qemu_img.complaint(server.child.complaint(), os.path.abspath(path))
+                raise errors.ImageError(spec, reason) from None
+            if time.monotonic() >= deadline:
+                raise errors.ImageError(spec, f"qemu-nbd does not answer: {error}") from None
+
+
+def _command(
+    socket: str, layers: Sequence[chain.Layer], secrets: Sequence[str], *, writable: bool
+) -> list[str]:
+    program = os.environ.get("POSTHOC_QEMU_NBD", "qemu-nbd")
+    ids = [f"secret{number}" for number in range(len(secrets))]
+    command = [program, "-k", socket, "-t", f"--shared={_SHARED}", "--allocation-depth"]
+    for identifier, path in zip(ids, secrets, strict=True):
+        file = chain.escape(os.path.abspath(path))
+        command += ["--object", f"secret,id={identifier},file={file}"]
+    if writable:
+        # What the guest discards is discarded; what it writes is written, zeros too.
+        command += ["--cache=writeback", "--discard=unmap", "--detect-zeroes=off"]
+    else:
+        command.append("--read-only")
+    return [*command, "--image-opts", chain.image_options(layers, ids)]
+
+
+def _private_folder() -> str:
+    """Make a folder that only we can enter, with a path short enough for a socket's address."""
+    folder = tempfile.gettempdir()
+    return tempfile.mkdtemp(
+        prefix="posthoc-", dir=folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
+    )

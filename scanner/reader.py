@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One worker's desk: two buffers, what is read into them, and which segments then differ.
+
+Errors are found out here: a chunk that cannot be read is read again segment by segment, and only the segments
+that really cannot be read count as differing.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dirtymap.images import base
+from scanner import compare, plan, progress
+
+LIVE, REFERENCE = "live", "reference"
+
+Report = Callable[[progress.ScanError], None]
+
+
+class Reader:
+    """Reads runs of both images and compares them at `granularity`; for one thread.
+
+    `length` is the longest run it is asked for, `report` is told of each segment that cannot be read.
+    """
+
+    def __init__(
+        self,
+        live: base.Image,
+        reference: base.Image,
+        granularity: int,
+        length: int,
+        report: Report,
+    ) -> None:
+        self._images = {LIVE: live, REFERENCE: reference}
+        self._buffers = {side: compare.buffer(length) for side in self._images}
+        self._views = {side: buffer.data for side, buffer in self._buffers.items()}
+        self._granularity = granularity
+        self._hashed = reference if isinstance(reference, base.HashedImage) else None
+        self._report = report
+
+    def differing(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
+        """Return for each segment of a run whether it differs or cannot be read.
+
+        Raises GoneError when an image cannot be reached any more.
+        """
+        try:
+            return self._differing(start, length, kind)
+        except base.GoneError:
+            raise
+        except OSError:
+            return self._one_by_one(start, length, kind)
+
+    def _one_by_one(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
+        step = self._granularity
+        if self._hashed is not None and kind is plan.Kind.COMPARE:
+            step = max(step, self._hashed.granularity)
+        masks = []
+        for at in range(start, start + length, step):
+            part = min(step, start + length - at)
+            if self._readable(at, part, kind):
+                masks.append(self._compare(at, part, kind))
+            else:
+                masks.append(np.ones(-(-part // self._granularity), np.bool_))
+        return np.concatenate(masks)
+
+    def _readable(self, start: int, length: int, kind: plan.Kind) -> bool:
+        """Read one segment and return whether that worked on every side that it needs."""
+        readable = True
+        for side in self._needed(kind):
+            try:
+                self._read(side, start, length)
+            except base.GoneError:
+                raise
+            except OSError as error:
+                self._report(progress.ScanError(side, start, length, error.errno or 0))
+                readable = False
+        return readable
+
+    def _needed(self, kind: plan.Kind) -> tuple[str, ...]:
+        if kind is plan.Kind.REFERENCE:
+            return (REFERENCE,)
+        if kind is plan.Kind.LIVE or self._hashed is not None:
+            return (LIVE,)
+        return (LIVE, REFERENCE)
+
+    def _differing(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
+        for side in self._needed(kind):
+            self._read(side, start, length)
+        return self._compare(start, length, kind)
+
+    def _read(self, side: str, start: int, length: int) -> None:
+        """Fill the side's buffer; beyond the image's end there are zeros."""
+        image = self._images[side]
+        available = max(0, min(length, image.size - start))
+        if available:
+            image.read_into(start, self._views[side][:available])
+        if available < length:
+            self._buffers[side][available:length] = 0
+
+    def _compare(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
+        """Return which segments of what was just read differ."""
+        live = self._buffers[LIVE][:length]
+        reference = self._buffers[REFERENCE][:length]
+        if kind is plan.Kind.LIVE:
+            return compare.nonzero(live, self._granularity)
+        if self._hashed is not None:
+            return self._compare_hashes(self._hashed, start, live)
+        if kind is plan.Kind.REFERENCE:
+            return compare.nonzero(reference, self._granularity)
+        return compare.differing(live, reference, self._granularity)
+
+    def _compare_hashes(
+        self, reference: base.HashedImage, start: int, live: compare.Bytes
+    ) -> compare.Mask:
+        """Ask a reference of hashes block by block; `start` is a block's first byte."""
+        block, end = reference.granularity, min(start + len(live), reference.size)
+        mask = np.zeros(-(-len(live) // self._granularity), np.bool_)
+        for at in range(start, end, block):
+            stop = min(at + block, end)
+            if not reference.equal(at // block, live[at - start : stop - start].data):
+                # A block larger than the granularity: any of its segments may be the one.
+                first = (at - start) // self._granularity
+                mask[first : -(-(stop - start) // self._granularity)] = True
+        if end < start + len(live):
+            # The reference ends within this run: zeros from there on.
+            live[: end - start] = 0
+            mask |= compare.nonzero(live, self._granularity)
+        return mask

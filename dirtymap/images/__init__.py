@@ -32,6 +32,8 @@ class Options:
     tls_user: str | None = None
 
 
+DEFAULTS = Options()
+
 Opener = Callable[[str, bool, Options], base.Image]
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
@@ -80,7 +82,7 @@ def split(spec: str) -> tuple[str, str]:
 
 
 def open(  # noqa: A001 (read as images.open)
-    spec: str, *, writable: bool = False, options: Options = Options()
+    spec: str, *, writable: bool = False, options: Options = DEFAULTS
 ) -> base.Image:
     """Open the image that `spec` names; the caller closes it. Raises ImageError."""
     if "\0" in spec:
@@ -89,7 +91,7 @@ def open(  # noqa: A001 (read as images.open)
     return OPENERS[scheme](spec, writable, options)
 
 
-def open_reference(spec: str, *, options: Options = Options()) -> base.Image:
+def open_reference(spec: str, *, options: Options = DEFAULTS) -> base.Image:
     """Open what stands as a reference: any image. The caller closes it. Raises ImageError."""
     return open(spec, options=options)
 

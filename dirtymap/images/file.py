@@ -99,6 +99,14 @@ class FileImage:
                 return self.size
             raise
 
+    def reader(self) -> FileImage:
+        """Return the same image opened once more for reading, without locks of its own.
+
+        A scan's advice to the kernel (POSIX_FADV_RANDOM) would otherwise be the guest's too. The caller closes it.
+        """
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return FileImage(self.name, fd, self.size, writable=False)
+
     def close(self) -> None:
         """Close the file and with it its locks."""
         if self.fd >= 0:

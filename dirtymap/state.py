@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a session leaves on disk while it runs, and what its end leaves for others to read.
+
+    /run/posthoc/  or  $XDG_RUNTIME_DIR/posthoc/  or  /tmp/posthoc-UID/          0700, ours alone
+        3f0c.../            one folder a mountpoint, named by a hash of its path
+            lock            held (flock) as long as a session serves the mountpoint
+            session.json    what the session was asked for, with the pid that serves; mode 0600
+            log             what it had to say after it went to the background
+            end.json        exit code and message of the last session that ended here
+
+No map is kept here: contents are the truth, and what was lost is read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dirtymap import errors
+
+# What is read back is small; a larger file is not ours.
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class End:
+    """How a session ended: its exit code, and one line for whoever ends the mount, or nothing."""
+
+    exit_code: int
+    message: str
+
+
+class Folder:
+    """The private folder of the session at `mountpoint` (an absolute path)."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.mountpoint = mountpoint
+        name = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+        self.path = _root() / name
+        self._lock: int | None = None
+
+    @property
+    def log(self) -> Path:
+        """Where a session in the background writes what it has to say."""
+        return self.path / "log"
+
+    def make(self) -> None:
+        """Make the folder, private to this user; UserError where that cannot be."""
+        try:
+            for folder in (self.path.parent, self.path):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _check_private(folder)
+        except OSError as error:
+            raise errors.UserError(
+                f"{self.path}: a session's folder cannot be made: {errors.reason(error)}"
+            ) from None
+
+    def lock(self) -> None:
+        """Become the session of this mountpoint until the process ends; UserError if one lives."""
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise errors.UserError(
+                f"{self.mountpoint}: another posthoc session serves it: end it with posthoc umount"
+            ) from None
+        self._lock = fd
+
+    def wait_for_end(self) -> None:
+        """Return when no session holds this folder any more; a signal interrupts."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            finally:
+                os.close(fd)
+
+    def write(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Replace the file `name` of this folder by `facts`, whole or not at all."""
+        temporary = self.path / f"{name}.new"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as stream:
+            json.dump(facts, stream, indent=1)
+        temporary.replace(self.path / name)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Return the facts in the file `name`, or None where there are none to be had."""
+        try:
+            with open(self.path / name, "rb") as stream:
+                facts = json.loads(stream.read(_LONGEST))
+        except (OSError, ValueError):
+            return None
+        return facts if isinstance(facts, dict) else None
+
+    def remove(self, name: str) -> None:
+        """Remove the file `name` if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def end(self) -> End | None:
+        """Return how the last session here ended, if it got to say so."""
+        facts = self.read("end.json")
+        if facts is None:
+            return None
+        code, message = facts.get("exit_code"), facts.get("message")
+        if not isinstance(code, int) or not isinstance(message, str):
+            return None
+        return End(code, message)
+
+
+def _root() -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/posthoc")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime, "posthoc")
+    return Path(f"/tmp/posthoc-{os.geteuid()}")
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a folder that somebody else made, or can write, or that is only a link."""
+    status = folder.lstat()
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not private or stat.S_IMODE(status.st_mode) & 0o077:
+        raise errors.UserError(f"{folder}: is not a private folder of this user: remove it")

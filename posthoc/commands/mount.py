@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`posthoc mount`: serve the live disk as a file, record its writes, compare it with the reference."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+
+from dirtymap import errors, images, units
+from overlayfs import mountpoint
+from posthoc import background
+from posthoc.commands import options
+from posthoc.sessions import control, mounted
+from posthoc.sessions.parameters import Parameters
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "mount",
+        help="serve a live disk as a file while it is compared with the reference",
+        description=(
+            "Serve LIVE as MOUNTPOINT/disk: run the VM from that file. Every write is recorded while LIVE is "
+            "compared with REFERENCE in the background; MOUNTPOINT/status shows how far it is, and "
+            "MOUNTPOINT/dirty.qcow2 is the dirty map. The command returns when the disk can be used."
+        ),
+    )
+    parser.add_argument("live", metavar="LIVE", help="the disk that the VM uses")
+    parser.add_argument("reference", metavar="REFERENCE", help="the backup to compare it with")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty folder")
+    options.granularity(parser)
+    options.bitmap(parser)
+    parser.add_argument(
+        "--output",
+        metavar="MAP",
+        help="write the map here when the scan is complete, and at the end",
+    )
+    options.scan(parser)
+    parser.add_argument("--paused", action="store_true", help="begin with the scan paused")
+    parser.add_argument(
+        "--allow-other",
+        action="store_true",
+        help="let other users reach the mount, as its modes say",
+    )
+    parser.add_argument("--read-only", action="store_true", help="serve the disk for reading only")
+    parser.add_argument(
+        "--threads",
+        type=options.checked(control.worker_count, "threads"),
+        metavar="N",
+        help="threads that serve the disk",
+    )
+    options.access(parser)
+    parser.add_argument(
+        "--foreground", action="store_true", help="stay; Ctrl-C unmounts and ends the session"
+    )
+    parser.add_argument(background.READY_OPTION, dest="ready_fd", type=int, help=argparse.SUPPRESS)
+    options.json_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve here (--foreground, or as the process in the background), or start the one that does."""
+    parameters = _parameters(arguments)
+    if arguments.foreground or arguments.ready_fd is not None:
+        return mounted.run(parameters, ready_fd=arguments.ready_fd)
+    return background.start(sys.argv[1:])
+
+
+def _parameters(arguments: argparse.Namespace) -> Parameters:
+    if not arguments.bitmap or len(os.fsencode(arguments.bitmap)) > _LONGEST_NAME:
+        raise errors.UserError(f"--bitmap: a name has 1 to {_LONGEST_NAME} bytes")
+    return Parameters(
+        live=absolute(arguments.live),
+        reference=absolute(arguments.reference),
+        mountpoint=mountpoint.resolve(arguments.mountpoint),
+        granularity=arguments.granularity or units.DEFAULT_GRANULARITY,
+        bitmap=arguments.bitmap,
+        output=arguments.output and os.path.abspath(arguments.output),
+        rate=arguments.rate,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        paused=arguments.paused,
+        allow_other=arguments.allow_other,
+        read_only=arguments.read_only,
+        allow_shrunk=arguments.allow_shrunk,
+        read_all=arguments.read_all,
+        options=options.image_options(arguments),
+    )
+
+
+# qcow2's limit for a bitmap's name (specification, "Bitmap directory").
+_LONGEST_NAME = 1023
+
+
+def absolute(spec: str) -> str:
+    """Return an image's name with its path made absolute: the session works from /."""
+    scheme, rest = images.split(spec)
+    if scheme.startswith("nbd"):
+        return spec
+    where = os.path.abspath(rest)
+    return where if not re.match(r"[a-z0-9+]+:", spec) else f"{scheme}:{where}"

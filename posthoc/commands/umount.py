@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`posthoc umount`: end a mount and its session, and tell how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+from dirtymap import errors, state
+from overlayfs import mountpoint
+from posthoc import exits, mounts, report
+from posthoc.commands import options
+
+# Somebody may have the status open for a moment (a `posthoc wait`, a file manager).
+_PATIENCE = 0.5
+_BETWEEN = 0.05
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "umount",
+        help="end a mount; its map is written if it has an --output",
+        description="Unmount MOUNTPOINT and wait until its session has written its map and ended.",
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="take the mount away now, though files are open; it ends when they are closed",
+    )
+    options.json_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Unmount, wait for the session, and return its exit code."""
+    where = mountpoint.resolve(arguments.mountpoint)
+    if not mounts.is_mounted(where):
+        raise errors.UserError(f"{arguments.mountpoint}: no posthoc is mounted here")
+    folder = state.Folder(where)
+    _unmount(where, lazy=arguments.lazy)
+    if arguments.lazy:
+        end = state.End(exits.DONE, "")
+    else:
+        folder.wait_for_end()
+        end = folder.end() or state.End(
+            exits.DONE, "its session had died before: the disk is as it was, the map is lost"
+        )
+    _tell(end, where, as_json=arguments.json)
+    return end.exit_code
+
+
+def _tell(end: state.End, where: str, *, as_json: bool) -> None:
+    if as_json:
+        facts = {"mountpoint": where, "exit_code": end.exit_code, "message": end.message}
+        sys.stdout.write(report.as_json(facts))
+    elif end.message:
+        print(f"posthoc: {end.message}", file=sys.stderr)
+
+
+def _unmount(where: str, *, lazy: bool) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        done = subprocess.run(
+            mountpoint.unmount_command(where, lazy=lazy),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0 or not mounts.is_mounted(where):
+            return
+        holders = mounts.holders(where)
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(_BETWEEN)
+    if holders:
+        who = ", ".join(map(str, holders))
+        raise errors.UserError(f"{where}: is in use by {who}: close it first, or use --lazy")
+    raise errors.UserError(f"{where}: cannot be unmounted: {done.stderr.strip()}")

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file `control`: one command a line.
+
+pause   resume   cancel   rescan   rate 100M | rate none   workers 2   pacing on | off
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dirtymap import errors, units
+
+MOST_WORKERS = 64
+
+
+class Scan(Protocol):
+    """What can be told to a scan."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def cancel(self) -> None: ...
+    def rescan(self) -> None: ...
+    def set_rate(self, rate: int | None) -> None: ...
+    def set_workers(self, workers: int) -> None: ...
+
+
+def obey(scan: Scan, text: str) -> None:
+    """Carry out every line of `text`; UserError at the first that is no command, which ends it there."""
+    for line in text.splitlines():
+        words = line.split()
+        if words:
+            _obey(scan, words[0], words[1:])
+
+
+def _obey(scan: Scan, verb: str, arguments: list[str]) -> None:
+    plain = {
+        "pause": scan.pause,
+        "resume": scan.resume,
+        "cancel": scan.cancel,
+        "rescan": scan.rescan,
+    }
+    match verb, arguments:
+        case _, [] if verb in plain:
+            plain[verb]()
+        case "rate", ["none"]:
+            scan.set_rate(None)
+        case "rate", [amount]:
+            scan.set_rate(positive_rate(amount))
+        case "workers", [number]:
+            scan.set_workers(worker_count(number))
+        case _:
+            raise errors.UserError(f"{' '.join([verb, *arguments])!r} is no command of control")
+
+
+def positive_rate(text: str) -> int:
+    """Return the bytes a second that `text` names; UserError where it is none or 0."""
+    rate = units.parse_size(text.removesuffix("/s"))
+    if rate <= 0:
+        raise errors.UserError("a rate of 0 would never end: use pause")
+    return rate
+
+
+def worker_count(text: str) -> int:
+    """Return how many workers `text` names, from 1 to 64; UserError otherwise."""
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= MOST_WORKERS):
+        raise errors.UserError(f"{text!r} workers: a number from 1 to {MOST_WORKERS}")
+    return int(text)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files beside the disk in the mount: status, status.json, dirty.qcow2, control."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from dirtymap import errors
+from dirtymap.qcow2 import carrier
+
+log = logging.getLogger(__name__)
+
+
+class Content(Protocol):
+    """What one opener of a file reads until it closes it."""
+
+    length: int
+
+    def read(self, start: int, length: int) -> bytes: ...
+
+
+class Text:
+    """Bytes that stay as they are."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.length = len(data)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return up to `length` bytes from `start` on."""
+        return self._data[start : start + length]
+
+
+class Report:
+    """A file whose text is made when it is opened."""
+
+    mode = 0o444
+
+    def __init__(self, name: str, make: Callable[[], str]) -> None:
+        self.name = name
+        self._make = make
+
+    def length(self) -> int:
+        """Return the length that it would have now."""
+        return len(self._make().encode())
+
+    def open(self) -> Content:
+        """Return the text as of now."""
+        return Text(self._make().encode())
+
+    def write(self, data: bytes) -> None:
+        """Refuse: it is for reading."""
+        raise OSError(errno.EACCES, "for reading only")
+
+
+class DirtyMap:
+    """The dirty map as a carrier, made when it is opened and fixed for its opener."""
+
+    name = "dirty.qcow2"
+    mode = 0o444
+
+    def __init__(self, make: Callable[[], carrier.Carrier], length: int) -> None:
+        self._make = make
+        self._length = length
+
+    def length(self) -> int:
+        """Return the length, the same for every map of the disk: openers ask before they read."""
+        return self._length
+
+    def open(self) -> Content:
+        """Return the carrier of the map as of now."""
+        return self._make()
+
+    def write(self, data: bytes) -> None:
+        """Refuse: it is for reading."""
+        raise OSError(errno.EACCES, "for reading only")
+
+
+class Control:
+    """The file that takes commands; a wrong one is EINVAL for its writer and a line in the log."""
+
+    name = "control"
+    mode = 0o200
+
+    def __init__(self, obey: Callable[[str], None]) -> None:
+        self._obey = obey
+
+    def length(self) -> int:
+        """It holds nothing."""
+        return 0
+
+    def open(self) -> Content:
+        """It has nothing to read."""
+        return Text(b"")
+
+    def write(self, data: bytes) -> None:
+        """Carry out the commands in `data`."""
+        try:
+            self._obey(data.decode("ascii"))
+        except (errors.UserError, UnicodeDecodeError) as error:
+            log.warning("control refused: %s", error)
+            raise OSError(errno.EINVAL, "no command") from None

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening the two images that are compared, with the checks that go with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dirtymap import errors, images, units
+from dirtymap.images import base, file
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The live image, the same for the scan's reading, the reference, and what to tell the user."""
+
+    live: base.Image
+    reader: base.Image
+    reference: base.Image
+    notes: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def open_pair(
+    live: str,
+    reference: str,
+    *,
+    writable: bool = False,
+    options: images.Options = images.DEFAULTS,
+    allow_shrunk: bool = False,
+) -> Iterator[Pair]:
+    """Open both images by name for the time of the context.
+
+    Raises UserError where they are the same bytes, where one cannot be opened or is in use, or where the live
+    disk is shorter than the reference and `allow_shrunk` was not said.
+    """
+    if images.same_file(live, reference):
+        raise errors.UserError(f"{live} and {reference} are the same disk: nothing can be compared")
+    with contextlib.ExitStack() as stack:
+        opened = images.open(live, writable=writable, options=options)
+        stack.callback(opened.close)
+        compared = images.open_reference(reference, options=options)
+        stack.callback(compared.close)
+        notes = _size_notes(opened, compared, allow_shrunk=allow_shrunk)
+        reader = opened
+        if isinstance(opened, file.FileImage):
+            reader = opened.reader()
+            stack.callback(reader.close)
+        yield Pair(opened, reader, compared, notes)
+
+
+def _size_notes(live: base.Image, reference: base.Image, *, allow_shrunk: bool) -> tuple[str, ...]:
+    difference = live.size - reference.size
+    if difference > 0:
+        return (
+            f"{reference.name} is {units.describe(difference)} shorter than {live.name}: "
+            "the rest is compared with zeros",
+        )
+    if difference < 0 and not allow_shrunk:
+        raise errors.ImageError(
+            live.name,
+            f"is {units.describe(-difference)} shorter than {reference.name}: "
+            "--allow-shrunk compares what it has",
+        )
+    if difference < 0:
+        return (f"{live.name} is {units.describe(-difference)} shorter than {reference.name}",)
+    return ()
+
+
+def check_output(output: str, *inputs: str) -> None:
+    """Refuse early a map file that could not be written at the end; raises MapError."""
+    where = os.path.abspath(output)
+    folder = os.path.dirname(where)
+    if not os.path.isdir(folder):
+        raise errors.MapError(output, f"there is no folder {folder}")
+    if os.path.isdir(where):
+        raise errors.MapError(output, "is a folder, not a file")
+    if os.path.lexists(where) and not os.path.isfile(where):
+        raise errors.MapError(output, "is not a regular file: a map is written beside and renamed")
+    if not os.access(folder, os.W_OK):
+        raise errors.MapError(output, f"{folder} cannot be written to")
+    if any(images.path(name) is not None and images.same_file(output, name) for name in inputs):
+        raise errors.MapError(output, "is one of the images")

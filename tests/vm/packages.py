@@ -6,9 +6,9 @@ They are kept in .venv/vm, so that only the first run downloads.
 
 import dataclasses
 import fcntl
+import os
 import pathlib
 import re
-import shutil
 import subprocess
 import tempfile
 import time
@@ -17,6 +17,8 @@ HOME = pathlib.Path(__file__).resolve().parents[2] / ".venv" / "vm"
 
 # Debian's kernel for clouds is the smallest; Ubuntu's usual one has virtio and ext4 built in.
 _KERNELS = (r"^linux-image-[0-9][^ ]*-cloud-amd64$", r"^linux-image-[0-9][^ ]*-generic$")
+
+_ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +57,38 @@ def fetch() -> Parts:
 
 def _unpack(root: pathlib.Path) -> None:
     """Download and unpack beside `root`, then rename: what is there is whole."""
-    kernel = newest_kernel()
-    names = [kernel, "busybox-static"]
-    modules = kernel.replace("linux-image-", "linux-modules-")
-    if _search(f"^{re.escape(modules)}$"):
-        names.append(modules)
-    # Where apt's own user may write, or it complains of every file.
     with tempfile.TemporaryDirectory(dir=HOME) as scratch:
         folder = pathlib.Path(scratch)
-        folder.chmod(0o755)
-        _download(names, folder)
+        _download(folder)
         for package in sorted(folder.glob("*.deb")):
             subprocess.run(["dpkg-deb", "--extract", package, folder / "root"], check=True)
         (folder / "root").rename(root)
+
+
+def _download(folder: pathlib.Path) -> None:
+    """Run `apt-get download`, and renew package lists that are missing or old between attempts.
+
+    Old lists name packages that the archive has no more, and then other names are the newest.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *_names()]
+            subprocess.run(command, cwd=folder, check=True)
+        except (RuntimeError, subprocess.CalledProcessError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(5 * attempt)
+            administrator = [] if os.geteuid() == 0 else ["sudo"]
+            subprocess.run([*administrator, "apt-get", "-qq", "update"], check=False)
+        else:
+            return
+
+
+def _names() -> list[str]:
+    """Return the packages to download; Ubuntu has its modules in one of their own."""
+    kernel = newest_kernel()
+    modules = kernel.replace("linux-image-", "linux-modules-")
+    return [kernel, "busybox-static", *_search(f"^{re.escape(modules)}$")]
 
 
 def newest_kernel() -> str:
@@ -75,7 +96,7 @@ def newest_kernel() -> str:
     for pattern in _KERNELS:
         if found := _search(pattern):
             return max(found, key=_numbers)
-    raise RuntimeError("apt knows no kernel package: run apt-get update")
+    raise RuntimeError("apt knows no kernel package for a guest")
 
 
 def _search(pattern: str) -> list[str]:
@@ -87,16 +108,3 @@ def _search(pattern: str) -> list[str]:
 
 def _numbers(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
-
-
-def _download(names: list[str], folder: pathlib.Path) -> None:
-    """Run `apt-get download`; package lists that are old or missing are renewed between attempts."""
-    for attempt in range(3):
-        command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *names]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if result.returncode == 0:
-            return
-        time.sleep(5 * attempt)
-        update = [*([] if not shutil.which("sudo") else ["sudo"]), "apt-get", "-qq", "update"]
-        subprocess.run(update, check=False, capture_output=True)
-    raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")

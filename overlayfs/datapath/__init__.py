@@ -80,9 +80,7 @@ class Datapath(Protocol):
         Raises UserError. Whoever called it calls `close_device`, also when what follows fails.
         """
 
-    async def run(
-        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Do what must run beside pyfuse3.main(); started() when main may begin.
 
         Runs while the file system is being unmounted, and is cancelled when main has returned.

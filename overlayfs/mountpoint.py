@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The place where the file system is mounted: is it fit, who is mounted there, take it away.
+
+What is mounted is read from /proc/self/mountinfo (proc(5)), never by looking into the mount: a stat() of
+a file system whose server hangs, hangs too. For the same reason the process that *is* the server lets a
+child ask or unmount: a thread of its own, waiting in the kernel for its own answer, could not be killed,
+would keep /dev/fuse open, and would so be waited for by itself for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from dirtymap import errors
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo; `identity` is unique while the mount stands."""
+
+    identity: int
+    path: str
+    kind: str
+    source: str
+
+
+def mounts() -> list[Mount]:
+    """Return what is mounted in this process's namespace, in the order it was."""
+    text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+    return [_parse(line) for line in text.splitlines()]
+
+
+def _parse(line: str) -> Mount:
+    # 36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw: the dash ends the optional fields.
+    left, right = line.split(" - ", 1)
+    identity, _parent, _device, _root, path = left.split(" ")[:5]
+    kind, source = right.split(" ")[:2]
+    return Mount(int(identity), _unescape(path), kind, _unescape(source))
+
+
+def _unescape(text: str) -> str:
+    """Undo what the kernel writes for a blank, tab, newline and backslash."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def find(path: str) -> Mount | None:
+    """Return what is mounted on `path` (absolute, without links): the uppermost, or None."""
+    found = [mount for mount in mounts() if mount.path == path]
+    return found[-1] if found else None
+
+
+def resolve(path: str | os.PathLike[str]) -> str:
+    """Return `path` absolute and without links in its parents; the last name is not looked at."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def check(path: str | os.PathLike[str]) -> str:
+    """Return the resolved path of `path` if one can mount there, else raise UserError."""
+    resolved = resolve(path)
+    if find(resolved) is None and os.path.islink(resolved):
+        resolved = os.path.realpath(resolved)
+    mount = find(resolved)
+    if mount is not None:
+        raise errors.UserError(
+            f"{os.fspath(path)}: {mount.kind} is mounted here already: unmount it or choose another"
+        )
+    try:
+        if not stat.S_ISDIR(os.stat(resolved).st_mode):
+            raise errors.UserError(f"{os.fspath(path)}: not a directory")
+        with os.scandir(resolved) as entries:
+            empty = next(entries, None) is None
+    except OSError as error:
+        reason = "no such directory" if isinstance(error, FileNotFoundError) else error.strerror
+        raise errors.UserError(f"{os.fspath(path)}: {reason}") from None
+    if not empty:
+        raise errors.UserError(f"{os.fspath(path)}: the directory is not empty")
+    return resolved
+
+
+def unmount_command(path: str, *, lazy: bool) -> list[str]:
+    """Return the command that unmounts `path`; lazily: now for new openers, later for the open files."""
+    if os.geteuid() == 0:
+        # --internal-only: no helper of the type's; --no-canonicalize: do not look at the mountpoint.
+        umount = os.environ.get("POSTHOC_UMOUNT", "umount")
+        return [umount, "--internal-only", "--no-canonicalize", *["--lazy"] * lazy, path]
+    fusermount = os.environ.get("POSTHOC_FUSERMOUNT", "fusermount3")
+    return [fusermount, "-u", *["-z"] * lazy, "--", path]
+
+
+def stat_command(path: str) -> list[str]:
+    """Return the command that asks the file system on `path` for its size, which only its server knows."""
+    return [os.environ.get("POSTHOC_STAT", "stat"), "--file-system", "--format=%b", path]
+
+
+async def run(command: list[str]) -> str | None:
+    """Run `command` in a child; return None if it succeeded, else what it said."""
+    try:
+        done = await trio.run_process(
+            command, check=False, stdout=subprocess.DEVNULL, capture_stderr=True
+        )
+    except OSError as error:
+        return f"{command[0]}: {errors.reason(error)}"
+    if done.returncode == 0:
+        return None
+    said = os.fsdecode(done.stderr).strip()
+    return said or f"{command[0]} ended with status {done.returncode}"
+
+
+async def unmount(path: str, is_ours: Callable[[Mount], bool]) -> str | None:
+    """Unmount `path` while what `is_ours` says is ours is mounted there; lazily if it is busy.
+
+    Returns None when it is gone, else what the last command said.
+    """
+    said: str | None = None
+    for lazy in (False, True):
+        mount = find(path)
+        if mount is None or not is_ours(mount):
+            return None
+        said = await run(unmount_command(path, lazy=lazy))
+    mount = find(path)
+    return said if mount is not None and is_ours(mount) else None

@@ -2,10 +2,12 @@
 """What every test may ask for, and what holds for all of them.
 
 - A test leaves nothing mounted beneath its folder.
+- A test during which our packages log a warning asks for `caplog`, and looks.
 - Where CI=true nothing is missing, so that a skip is a failure.
 - Property tests take the same examples in every run.
 """
 
+import logging
 import os
 import pathlib
 import subprocess
@@ -26,6 +28,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("posthoc")
 
+OURS = {"dirtymap", "scanner", "overlayfs", "posthoc"}
 IN_CI = os.environ.get("CI") == "true"
 
 
@@ -81,6 +84,32 @@ def _nothing_stays_mounted(request: pytest.FixtureRequest) -> Iterator[None]:
     for point in left:
         subprocess.run(["umount", "--lazy", point], check=False)
     assert not left, f"still mounted after the test: {left}"
+
+
+class _Warnings(logging.Handler):
+    """Collects what our packages log at warning or above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.partition(".")[0] in OURS:
+            self.lines.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_announced(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test with a warning that it does not look for."""
+    handler = _Warnings()
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+    if "caplog" not in request.fixturenames:
+        assert not handler.lines, "logged, and not announced by asking for caplog"
 
 
 @pytest.hookimpl(wrapper=True)

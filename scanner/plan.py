@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dirtymap import extent
-from dirtymap.images import base
+from dirtymap.images import base, same
 
 ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING = "zeros", "one-side", "written", "reflinks", "backing"
 
@@ -101,8 +101,7 @@ class Rule(Protocol):
 
 def rules_for(live: base.Image, reference: base.Image) -> list[Rule]:
     """Return the rules beyond zeros that apply to this pair of images."""
-    del live, reference
-    return []
+    return [*same.rules(live, reference)]
 
 
 class Plan:

@@ -113,7 +113,8 @@ class Reader:
         self, reference: base.HashedImage, start: int, live: compare.Bytes
     ) -> compare.Mask:
         """Ask a reference of hashes block by block; `start` is a block's first byte."""
-        block, end = reference.granularity, min(start + len(live), reference.size)
+        # Not before `start`: a run may lie altogether beyond the reference's end.
+        block, end = reference.granularity, max(start, min(start + len(live), reference.size))
         mask = np.zeros(-(-len(live) // self._granularity), np.bool_)
         for at in range(start, end, block):
             stop = min(at + block, end)

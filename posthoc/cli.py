@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 from dirtymap import errors
 from posthoc import exits
-from posthoc.commands import install, merge, mount, show_map, status, umount, wait
+from posthoc.commands import diff, install, merge, mount, show_map, status, umount, verify, wait
 
-_VERBS = (mount, umount, status, wait, show_map, merge, install)
+_VERBS = (mount, umount, status, wait, diff, show_map, merge, verify, install)
 
 _EPILOG = """\
 Images: PATH is raw (a file or block device); qcow2:PATH, vmdk:, vdi:, vhdx:, vpc:, luks:;

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dirtymap import errors
-from dirtymap.images import base, export, file, nbd, qemu_nbd
+from dirtymap.images import base, digest, export, fidx, file, nbd, qemu_nbd
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ OPENERS: dict[str, Opener] = {
     **dict.fromkeys(EXPORTS, _open_export),
 }
 
+# Ending of the name -> what opens a reference of which only hashes are left.
+HASHES: dict[str, Callable[[str], base.Image]] = {
+    digest.SUFFIX: digest.open_digest,
+    fidx.SUFFIX: fidx.open_index,
+}
+
 
 def split(spec: str) -> tuple[str, str]:
     """Return (scheme, rest) of an image's name; a name without a scheme is a raw image's path.
@@ -92,7 +98,14 @@ def open(  # noqa: A001 (read as images.open)
 
 
 def open_reference(spec: str, *, options: Options = DEFAULTS) -> base.Image:
-    """Open what stands as a reference: any image. The caller closes it. Raises ImageError."""
+    """Open what stands as a reference: any image, or the hashes of one. The caller closes it.
+
+    PATH.digest is a manifest (posthoc digest), PATH.fidx an index of Proxmox Backup Server; a raw disk of such
+    a name is written raw:PATH. Raises ImageError.
+    """
+    for suffix, opener in HASHES.items():
+        if spec.endswith(suffix) and not _SCHEME.fullmatch(spec):
+            return opener(spec)
     return open(spec, options=options)
 
 

@@ -82,7 +82,7 @@ class Structure:
     def unpack(cls, data: bytes, start: int = 0) -> Self:
         """The structure at `start`; FormatError when the data ends before it does."""
         if start < 0 or start + cls.length() > len(data):
-            raise FormatError(f"ends in the middle of its {cls.__name__}")
+            raise FormatError(f"is damaged: ends in the middle of its {cls.__name__}")
         return cls(*cls.codec().unpack_from(data, start))
 
     def pack(self) -> bytes:
@@ -167,7 +167,7 @@ def unpack_extensions(data: bytes, start: int, end: int) -> Iterator[tuple[int, 
             return
         start += ExtensionHeader.length()
         if header.data_length > end - start:
-            raise FormatError("a header extension goes beyond the header's cluster")
+            raise FormatError("is damaged: a header extension goes beyond the header's cluster")
         yield header.type, data[start : start + header.data_length]
         start += header.data_length + -header.data_length % 8
 
@@ -186,10 +186,10 @@ def unpack_directory(data: bytes, count: int) -> Iterator[tuple[DirectoryEntry, 
         name_end = name_start + entry.name_size
         start = name_end + -name_end % 8
         if start > len(data):
-            raise FormatError("a bitmap's directory entry goes beyond the directory")
+            raise FormatError("is damaged: a bitmap's directory entry goes beyond the directory")
         yield entry, data[name_start:name_end]
     if start != len(data):
-        raise FormatError("the bitmap directory is longer than its entries")
+        raise FormatError("is damaged: the bitmap directory is longer than its entries")
 
 
 def pack_table(entries: np.ndarray[typing.Any, np.dtype[np.uint64]]) -> bytes:
@@ -204,7 +204,7 @@ def unpack_table(data: bytes) -> np.ndarray[typing.Any, np.dtype[np.uint64]]:
     # Bit 0 means "all ones" only where there is no offset; it is reserved beside one.
     beside = (entries & np.uint64(ENTRY_OFFSET) != 0) & (entries & np.uint64(ENTRY_ONES) != 0)
     if reserved.any() or beside.any():
-        raise FormatError("a bitmap table entry has a reserved bit set")
+        raise FormatError("is damaged: a bitmap table entry has a reserved bit set")
     return entries
 
 

@@ -250,7 +250,8 @@ def _check_header(header: qcow2.Header) -> None:
 def _check_extension(header: qcow2.Header, data: bytes) -> qcow2.BitmapsExtension:
     if not header.autoclear_features & qcow2.AUTOCLEAR_BITMAPS:
         raise qcow2.FormatError(
-            "its bitmaps are out of date: a program that knows no bitmaps has written to it"
+            "its bitmaps are out of date: a program that knows no bitmaps has written to it "
+            "(qemu-img check -r leaks removes them)"
         )
     extension = qcow2.BitmapsExtension.unpack(data)
     if len(data) != qcow2.BitmapsExtension.length() or extension.reserved32:

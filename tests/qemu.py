@@ -179,8 +179,13 @@ def _server(command: Sequence[Path], address: pathlib.Path) -> Iterator[subproce
             if process.poll() is not None:
                 log.seek(0)
                 raise AssertionError(f"{' '.join(words)}\nended: {log.read()}")
+            # The greeting, not the connection: qemu-nbd 7.2 listens before its main loop runs, and
+            # forgets a SIGTERM that comes in between.
             with socket.socket(socket.AF_UNIX) as client:
-                return client.connect_ex(os.fspath(address)) == 0
+                client.settimeout(wait.DEADLINE)
+                if client.connect_ex(os.fspath(address)) != 0:
+                    return False
+                return client.recv(8) == b"NBDMAGIC"
 
         try:
             wait.until(listens, f"{words[0]} listens on {address}")

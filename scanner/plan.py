@@ -51,6 +51,18 @@ _MOST_EXTENTS = 1 << 16
 _PATIENCE = 1.0
 _SLOW_ANSWERS = 3
 
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Sizes in bytes that change how fast a scan is, never what it finds."""
+
+    chunk: int = CHUNK
+    least_saving: int = LEAST_SAVING
+    window: int = _SMALLEST_WINDOW
+
+
+TUNING = Tuning()
+
 Range = tuple[int, int]
 Clock = Callable[[], float]
 
@@ -120,18 +132,17 @@ class Plan:
         *,
         rules: Sequence[Rule] = (),
         read_all: bool = False,
-        least_saving: int = LEAST_SAVING,
-        window: int = _SMALLEST_WINDOW,
+        tuning: Tuning = TUNING,
         clock: Clock = time.monotonic,
     ) -> None:
         self._size = size
         self._unit = unit
         self._rules = rules
         self._read_all = read_all
-        self._least_saving = least_saving
+        self._tuning = tuning
         self._clock = clock
         self._sides = [Side(image, size, unit, clock) for image in (live, reference)]
-        self._window = self._smallest_window = max(_down(window, unit), unit)
+        self._window = self._smallest_window = max(_down(tuning.window, unit), unit)
 
     def runs(self, undecided: Iterable[Range]) -> Iterator[Run]:
         """Yield runs that cover the (start, length) of `undecided`, grown to whole units, in order."""
@@ -144,9 +155,9 @@ class Plan:
                 yield from runs
                 position = runs[-1].end
 
-    def chunks(self, undecided: Iterable[Range], chunk: int = CHUNK) -> Iterator[Run]:
-        """Yield the same runs with what is to be read cut at multiples of `chunk` bytes of the disk."""
-        step = max(chunk, self._unit)
+    def chunks(self, undecided: Iterable[Range]) -> Iterator[Run]:
+        """Yield the same runs with what is to be read cut at multiples of a chunk."""
+        step = max(self._tuning.chunk, self._unit)
         for run in self.runs(undecided):
             if run.kind is Kind.EQUAL:
                 # However long: deciding it is one operation on the bitmap.
@@ -169,7 +180,7 @@ class Plan:
         for rule in self._rules:
             runs = self._apply(rule, runs, start, stop)
         self._resize(self._clock() - began)
-        return _without_small_savings(runs, self._least_saving)
+        return _without_small_savings(runs, self._tuning.least_saving)
 
     def _apply(self, rule: Rule, runs: Iterator[Run], start: int, stop: int) -> Iterator[Run]:
         answer = rule.equal(start, stop - start, self._clock() + _PATIENCE)

@@ -29,9 +29,6 @@ WORKERS = 2
 # Unreadable runs that are kept by name; the rest is counted.
 _LISTED_ERRORS = 64
 
-# Parts of a chunk still to be read are read together when the written part between them is shorter.
-_LEAST_GAP = plan.LEAST_SAVING
-
 
 class Scan:
     """A scan of `live` against `reference` that fills in `decision`; all belong to the caller.
@@ -56,12 +53,14 @@ class Scan:
         read_all: bool = False,
         courtesy: pace.Courtesy | None = None,
         rules: Sequence[plan.Rule] | None = None,
+        tuning: plan.Tuning = plan.TUNING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._live, self._reference, self.decisions = live, reference, decision
         self._written = written
         self._read_all = read_all
         self._rules = plan.rules_for(live, reference) if rules is None else rules
+        self._tuning = tuning
         self._clock = clock
         self._unit = decision.granularity
         if isinstance(reference, base.HashedImage):
@@ -177,6 +176,7 @@ class Scan:
             self._unit,
             rules=self._rules,
             read_all=self._read_all,
+            tuning=self._tuning,
         )
         self._chunks = pass_plan.chunks(self.decisions.undecided())
         try:
@@ -209,7 +209,7 @@ class Scan:
                 self._live,
                 self._reference,
                 self.decisions.granularity,
-                max(plan.CHUNK, self._unit),
+                max(self._tuning.chunk, self._unit),
                 self._note_error,
             )
             rested = 0.0
@@ -279,7 +279,8 @@ class Scan:
         if self._unit > granularity:
             # Blocks known by one hash are read whole; deciding a written segment twice does no harm.
             return whole
-        return _parts(~mask, chunk.start, chunk.end, granularity)
+        least = self._tuning.least_saving
+        return _parts(~mask, chunk.start, chunk.end, granularity, least)
 
     def _charge(self, length: int) -> None:
         with self._changed:
@@ -340,13 +341,15 @@ def _check_workers(workers: int) -> int:
     return workers
 
 
-def _parts(wanted: compare.Mask, start: int, end: int, granularity: int) -> list[plan.Range]:
-    """Return the byte ranges of [start, end) whose segments are `wanted`, small gaps included."""
+def _parts(
+    wanted: compare.Mask, start: int, end: int, granularity: int, least: int
+) -> list[plan.Range]:
+    """Return the byte ranges of [start, end) whose segments are `wanted`, gaps below `least` included."""
     parts: list[plan.Range] = []
     for segment in wanted.nonzero()[0].tolist():
         first = start + segment * granularity
         last = min(first + granularity, end)
-        if parts and first - parts[-1][1] < _LEAST_GAP:
+        if parts and first - parts[-1][1] < least:
             parts[-1] = (parts[-1][0], last)
         else:
             parts.append((first, last))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in memory that do what real ones cannot be made to do at will: fail, stop, be written in between."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+from dirtymap import extent
+
+# Reached only by what is broken, on however busy a machine.
+PATIENCE = 60.0
+
+
+@dataclass
+class MemoryImage:
+    """`content` as an image. `zeros` are ranges told as zero, `faults` ranges that fail with an error.
+
+    `before` is called in the reading thread with (start, length) before each read copies anything.
+    """
+
+    content: bytearray
+    name: str = "memory"
+    zeros: list[tuple[int, int]] = field(default_factory=list)
+    faults: list[tuple[int, int, OSError]] = field(default_factory=list)
+    before: Callable[[int, int], None] | None = None
+    reads: list[tuple[int, int]] = field(default_factory=list)
+    closed: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        end = start + len(buffer)
+        assert 0 <= start < end <= self.size, "a read beyond the image"
+        self.reads.append((start, len(buffer)))
+        if self.before is not None:
+            self.before(start, len(buffer))
+        for first, last, error in self.faults:
+            if first < end and start < last:
+                raise error
+        buffer[:] = self.content[start:end]
+
+    def extents(
+        self, start: int, length: int, deadline: float | None = None
+    ) -> Iterator[extent.Extent]:
+        del deadline
+        assert 0 <= start < start + length <= self.size, "a question beyond the image"
+        return extent.join(self._extents(start, start + length))
+
+    def _extents(self, start: int, end: int) -> Iterator[extent.Extent]:
+        for first, last in self.zeros:
+            first, last = max(first, start), min(last, end)
+            if first < last:
+                yield extent.data(start, first - start)
+                yield extent.Extent(first, last - first, zero=True)
+                start = last
+        yield extent.data(start, end - start)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class HashedMemory(MemoryImage):
+    """A reference that only answers whether blocks of `granularity` bytes are the same."""
+
+    granularity: int = 4096
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        raise AssertionError("a reference of hashes was read")
+
+    def equal(self, segment: int, data: memoryview) -> bool:
+        start = segment * self.granularity
+        assert len(data) == min(self.granularity, self.size - start), "not one whole block"
+        return bytes(data) == self.content[start : start + self.granularity]
+
+
+class Gate:
+    """Holds reading threads up: as an image's `before` it lets `permits` reads pass, then they wait."""
+
+    def __init__(self, permits: int = 0) -> None:
+        self._condition = threading.Condition()
+        self._permits: float = permits
+        self.waiting = 0
+        self.passed = 0
+
+    def __call__(self, start: int, length: int) -> None:
+        del start, length
+        with self._condition:
+            self.waiting += 1
+            try:
+                assert self._condition.wait_for(lambda: self._permits > 0, PATIENCE)
+            finally:
+                self.waiting -= 1
+            self._permits -= 1
+            self.passed += 1
+
+    def let(self, permits: float) -> None:
+        """Let so many more reads pass; math.inf opens the gate."""
+        with self._condition:
+            self._permits += permits
+            self._condition.notify_all()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when `condition()` is true; trio.TooSlowError if that does not happen."""
+    with trio.fail_after(PATIENCE):
+        while not condition():
+            await trio.sleep(0.001)

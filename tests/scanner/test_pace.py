@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rate limit and giving way, on a clock of the test's own."""
+
+import pytest
+
+from scanner import pace
+
+
+class Share:
+    """A courtesy that says what the test wants."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def share(self) -> float:
+        return self.value
+
+
+def test_without_a_limit_nobody_waits() -> None:
+    """No rate, no courtesy: no delay, however much was read."""
+    free = pace.Pace()
+    free.charge(1 << 40, 0.0)
+    assert free.delay(0.0) == 0
+    assert free.rest(5.0) == 0
+
+
+def test_a_limit_spreads_what_is_read_over_time() -> None:
+    """After N bytes the next chunk waits N / rate seconds, no less and no more."""
+    limited = pace.Pace(100)
+    assert limited.delay(0.0) == 0
+    limited.charge(50, 0.0)
+    assert limited.delay(0.0) == pytest.approx(0.5)
+    assert limited.delay(0.4) == pytest.approx(0.1)
+    assert limited.delay(0.6) == 0
+
+
+def test_two_workers_share_one_limit() -> None:
+    """What both take adds up."""
+    limited = pace.Pace(100)
+    limited.charge(50, 0.0)
+    limited.charge(50, 0.0)
+    assert limited.delay(0.0) == pytest.approx(1.0)
+
+
+def test_idle_time_earns_no_burst() -> None:
+    """A scan that was paused for an hour goes on at its rate."""
+    limited = pace.Pace(100)
+    limited.charge(100, 3600.0)
+    assert limited.delay(3600.0) == pytest.approx(1.0)
+
+
+def test_a_new_limit_holds_at_once() -> None:
+    """The debt of a slow rate does not outlive it."""
+    limited = pace.Pace(1)
+    limited.charge(1 << 30, 0.0)
+    limited.set_rate(1 << 30, 10.0)
+    assert limited.delay(10.0) == 0
+    assert limited.rate == 1 << 30
+    limited.set_rate(None, 10.0)
+    limited.charge(1 << 40, 10.0)
+    assert limited.delay(10.0) == 0
+
+
+def test_a_share_of_a_quarter_rests_three_times_as_long_as_it_works() -> None:
+    """The rest is what makes the work that share of the time."""
+    assert pace.Pace(courtesy=Share(0.25)).rest(0.01) == pytest.approx(0.03)
+    assert pace.Pace(courtesy=Share(1.0)).rest(0.01) == 0
+    assert pace.Pace(courtesy=Share(0.001)).rest(1.0) == pace.LONGEST_REST
+
+
+def test_a_share_of_nothing_waits_until_it_changes() -> None:
+    """While the guest needs everything, a worker only asks again."""
+    courtesy = Share(0.0)
+    giving = pace.Pace(courtesy=courtesy)
+    assert giving.delay(5.0) > 0
+    assert giving.rest(1.0) > 0
+    courtesy.value = 1.0
+    assert giving.delay(5.0) == 0
+
+
+def test_a_rest_is_waited_for_even_without_a_limit() -> None:
+    """A worker's own rest and the common limit: the longer one counts."""
+    limited = pace.Pace(100, Share(1.0))
+    assert limited.delay(1.0, rested=1.5) == pytest.approx(0.5)
+    limited.charge(200, 1.0)
+    assert limited.delay(1.0, rested=1.5) == pytest.approx(2.0)

@@ -51,6 +51,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="threads that serve the disk",
     )
+    parser.add_argument(
+        "--datapath",
+        choices=["native", "python"],
+        help="what serves the disk (native where it works, else python)",
+    )
     options.access(parser)
     parser.add_argument(
         "--foreground", action="store_true", help="stay; Ctrl-C unmounts and ends the session"
@@ -81,6 +86,7 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
         rate=arguments.rate,
         workers=arguments.workers,
         threads=arguments.threads,
+        datapath=arguments.datapath,
         paused=arguments.paused,
         allow_other=arguments.allow_other,
         read_only=arguments.read_only,

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session's private folder: one session at a time, how it ended, nobody else's."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dirtymap import errors, state
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> state.Folder:
+    monkeypatch.setattr(state, "_root", lambda: tmp_path / "posthoc")
+    made = state.Folder("/mnt/vm")
+    made.make()
+    return made
+
+
+def test_everything_in_it_is_private(folder: state.Folder) -> None:
+    folder.lock()
+    folder.write("session.json", {"pid": 1})
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.path.iterdir()} == {0o600}
+
+
+def test_one_session_at_a_time(folder: state.Folder) -> None:
+    folder.lock()
+    with pytest.raises(errors.UserError, match="another posthoc session"):
+        state.Folder("/mnt/vm").lock()
+    other = state.Folder("/mnt/other")
+    other.make()
+    other.lock()
+
+
+def test_how_it_ended(folder: state.Folder) -> None:
+    assert folder.end() is None
+    folder.write("end.json", {"exit_code": 3, "message": "two places"})
+    assert folder.end() == state.End(3, "two places")
+    folder.remove("end.json")
+    assert folder.end() is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"exit_code": "3", "message": "x"}'])
+def test_what_cannot_be_read_says_nothing(folder: state.Folder, text: str) -> None:
+    (folder.path / "end.json").write_text(text)
+    assert folder.end() is None
+
+
+def test_waiting_where_no_session_is_returns_at_once(folder: state.Folder) -> None:
+    folder.wait_for_end()
+    os.close(os.open(folder.path / "lock", os.O_CREAT | os.O_RDWR))
+    folder.wait_for_end()
+
+
+def test_a_folder_of_somebody_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "posthoc"
+    monkeypatch.setattr(state, "_root", lambda: root)
+    root.mkdir(mode=0o755)
+    root.chmod(0o755)
+    with pytest.raises(errors.UserError, match="private folder"):
+        state.Folder("/mnt/vm").make()
+    root.rmdir()
+    root.symlink_to(tmp_path)
+    with pytest.raises(errors.UserError, match="private folder"):
+        state.Folder("/mnt/vm").make()

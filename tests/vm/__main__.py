@@ -2,6 +2,7 @@
 """`python -m tests.vm fetch`, `python -m tests.vm boot DISK SCRIPT`: the guest for scripts."""
 
 import pathlib
+import signal
 import sys
 
 from tests.vm import guest, packages
@@ -13,6 +14,8 @@ def main(arguments: list[str]) -> int:
         case ["fetch"]:
             packages.fetch()
         case ["boot", disk, script]:
+            # Ends the block below in order, and with it QEMU.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
             try:
                 with guest.boot(disk, pathlib.Path(script).read_text()) as running:
                     print(running.wait(), end="")

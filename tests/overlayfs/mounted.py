@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mount served by another process (tests/overlayfs/serve.py), as a test holds it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tests import wait
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Mounted:
+    """The process, its mount, and the file in which it records."""
+
+    process: subprocess.Popen[bytes]
+    live: pathlib.Path
+    mountpoint: pathlib.Path
+    record: pathlib.Path
+    log: pathlib.Path
+    granularity: int
+    _pending: bytes = b""
+
+    @property
+    def disk(self) -> pathlib.Path:
+        return self.mountpoint / "disk"
+
+    def line(self, deadline: float = wait.DEADLINE) -> dict[str, Any]:
+        """Return the next line that the process says."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + deadline
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
+            assert ready, "the server says nothing"
+            data = os.read(self.process.stdout.fileno(), 65536)
+            assert data, f"the server has ended: {self.log.read_text()}"
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Have the process do something (a method do_NAME of serve.Server)."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+        self.process.stdin.flush()
+        return self.line()["answer"]
+
+    def facts(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.ask("facts")
+        return answer
+
+    def written(self) -> set[int]:
+        """Return the segments whose bit is set in the write bitmap, read from the shared file."""
+        segments = -(-self.live.stat().st_size // self.granularity)
+        data = self.record.read_bytes()[: -(-segments // 8)]
+        return {8 * i + bit for i, byte in enumerate(data) for bit in range(8) if byte >> bit & 1}
+
+    def wait_until_waiting(self, gate: str, count: int = 1) -> None:
+        """Return when `count` writes stand at a gate."""
+        wait.until(lambda: self.ask("waiting", gate) >= count, f"{count} writes at gate {gate}")
+
+    def end(self) -> int:
+        """Wait for the process and return its exit status."""
+        return self.process.wait(wait.DEADLINE)
+
+    def terminate(self) -> int:
+        """SIGTERM, as a session gets it."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.end()
+
+    def is_mounted(self) -> bool:
+        return f" {self.mountpoint} " in pathlib.Path("/proc/self/mountinfo").read_text()
+
+
+def spawn(
+    folder: pathlib.Path,
+    live: pathlib.Path,
+    mountpoint: pathlib.Path,
+    *,
+    granularity: int = 65536,
+    environment: Mapping[str, str] | None = None,
+    user: int | None = None,
+    **config: Any,
+) -> Mounted:
+    """Start a server; its first line has not been read."""
+    record, log = folder / "record", folder / "serve.log"
+    config |= {"live": str(live), "mountpoint": str(mountpoint), "record": str(record)}
+    config["granularity"] = granularity
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.overlayfs.serve", json.dumps(config)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **(environment or {})},
+            user=user,
+        )
+    return Mounted(process, live, mountpoint, record, log, granularity)
+
+
+@contextmanager
+def serving(
+    folder: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, **config: Any
+) -> Iterator[Mounted]:
+    """Mount, and at the end of the block see the process end well if it has not yet."""
+    mounted = spawn(folder, live, mountpoint, **config)
+    try:
+        assert mounted.line() == {"mounted": str(mountpoint)}
+        yield mounted
+        if mounted.process.poll() is None:
+            assert mounted.terminate() == 0, mounted.log.read_text()
+    finally:
+        close(mounted)
+
+
+def close(mounted: Mounted) -> None:
+    """End the process whatever has become of it."""
+    mounted.process.kill()
+    mounted.process.wait()
+    for pipe in (mounted.process.stdin, mounted.process.stdout):
+        assert pipe is not None
+        pipe.close()
+    if mounted.is_mounted():
+        subprocess.run(["umount", "--lazy", mounted.mountpoint], check=False)

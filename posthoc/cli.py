@@ -13,9 +13,35 @@ from collections.abc import Iterator, Sequence
 
 from dirtymap import errors
 from posthoc import exits
-from posthoc.commands import diff, install, merge, mount, show_map, status, umount, verify, wait
+from posthoc.commands import (
+    attach,
+    diff,
+    digest,
+    estimate,
+    install,
+    merge,
+    mount,
+    show_map,
+    status,
+    umount,
+    verify,
+    wait,
+)
 
-_VERBS = (mount, umount, status, wait, diff, show_map, merge, verify, install)
+_VERBS = (
+    mount,
+    umount,
+    status,
+    wait,
+    diff,
+    show_map,
+    merge,
+    verify,
+    install,
+    digest,
+    estimate,
+    attach,
+)
 
 _EPILOG = """\
 Images: PATH is raw (a file or block device); qcow2:PATH, vmdk:, vdi:, vhdx:, vpc:, luks:;

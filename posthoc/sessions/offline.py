@@ -57,7 +57,7 @@ def compare(request: Request, *, watch: Watch | None = None, check: Check | None
         options=request.options,
         allow_shrunk=request.allow_shrunk,
     ) as opened:
-        granularity = request.granularity or _natural_granularity(opened.reference)
+        granularity = request.granularity or natural_granularity(opened.reference)
         if check is not None:
             check(opened.live, granularity)
         decisions = scan.Decisions(opened.live.size, granularity)
@@ -73,7 +73,8 @@ def compare(request: Request, *, watch: Watch | None = None, check: Check | None
         return Result(decisions.map(), scanned.statistics(), opened.notes)
 
 
-def _natural_granularity(reference: base.Image) -> int:
+def natural_granularity(reference: base.Image) -> int:
+    """Return the granularity where none was asked for: 64 KiB, or what a reference of hashes knows."""
     if isinstance(reference, base.HashedImage):
         return min(reference.granularity, units.LARGEST_GRANULARITY)
     return units.DEFAULT_GRANULARITY

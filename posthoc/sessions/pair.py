@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dirtymap import errors, images, units
-from dirtymap.images import base, file
+from dirtymap.images import base, file, vpc
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,21 @@ def open_pair(
         stack.callback(opened.close)
         compared = images.open_reference(reference, options=options)
         stack.callback(compared.close)
-        notes = _size_notes(opened, compared, allow_shrunk=allow_shrunk)
+        compared, rounded = _fit(compared, opened.size)
+        notes = _size_notes(opened, compared, allow_shrunk=allow_shrunk) + rounded
         reader = opened
         if isinstance(opened, file.FileImage):
             reader = opened.reader()
             stack.callback(reader.close)
         yield Pair(opened, reader, compared, notes)
+
+
+def _fit(reference: base.Image, size: int) -> tuple[base.Image, tuple[str, ...]]:
+    try:
+        fitted, note = vpc.fit(reference, size)
+    except OSError as error:
+        raise errors.ImageError(reference.name, errors.reason(error)) from None
+    return fitted, () if note is None else (note,)
 
 
 def _size_notes(live: base.Image, reference: base.Image, *, allow_shrunk: bool) -> tuple[str, ...]:

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much differs, told from extent maps and a random sample before anything is scanned.
+
+    disk      |zeros on both|same extents|  to be read, a share p of it differs  |
+    sample                                 x  x   x x    x  x     x  (segments, drawn without bias)
+
+Changes cluster, and a sample of single segments drawn from all of them does not care: each is differing with
+probability p wherever the others are. The interval is Clopper and Pearson's (1934), which keeps its
+confidence for every p; drawing without replacement makes it only too wide.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+
+import numpy as np
+
+from dirtymap import errors
+from dirtymap.images import base
+from scanner import plan, progress, reader
+
+CONFIDENCE = 0.95
+SAMPLES = 4000
+SECONDS = 5.0
+
+# Requests in flight, for disks that need some to be quick.
+_THREADS = 4
+# Drawn at random, read in the disk's order: a whole batch or nothing, so that the time limit cannot choose.
+_BATCH = 64
+# A place read in one go to see how fast a scan is.
+_PROBE = 8 * plan.CHUNK
+_PROBES = 24
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was found. Quantities are bytes, rates bytes a second, `took` seconds."""
+
+    size: int
+    granularity: int
+    known: int
+    """Known to be equal without reading."""
+    data: int
+    """Of the live disk, what is not known to be zeros: what a full backup reads and holds at most."""
+    drawn: int
+    """Segments of the sample."""
+    drawn_differing: int
+    low: float
+    share: float
+    high: float
+    """The part of the disk that differs, with its interval."""
+    unreadable: int
+    scan_rate: float | None
+    read_rate: float | None
+    took: float
+
+    @property
+    def to_read(self) -> int:
+        """What a scan has to read."""
+        return self.size - self.known
+
+    def differing(self) -> tuple[int, int, int]:
+        """Return (at least, about, at most) how many bytes differ."""
+        low, about, high = (round(self.size * part) for part in (self.low, self.share, self.high))
+        return low, about, high
+
+    @property
+    def scan_seconds(self) -> float | None:
+        """What a scan takes; None where there was too little to measure."""
+        if not self.to_read:
+            return 0.0
+        return self.to_read / self.scan_rate if self.scan_rate else None
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """The runs that need reading, as numbered units to draw from."""
+
+    runs: tuple[plan.Run, ...]
+    ends: np.ndarray
+    unit: int
+
+    @property
+    def count(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def unit_at(self, number: int) -> tuple[int, int, plan.Kind]:
+        """Return (start, length, kind) of a unit by its number."""
+        at = int(np.searchsorted(self.ends, number, side="right"))
+        run = self.runs[at]
+        start = run.start + (number - (int(self.ends[at - 1]) if at else 0)) * self.unit
+        return start, min(self.unit, run.end - start), run.kind
+
+
+def estimate(
+    live: base.Image,
+    reference: base.Image,
+    granularity: int,
+    *,
+    samples: int = SAMPLES,
+    seconds: float = SECONDS,
+    read_all: bool = False,
+    seed: int | None = None,
+    clock: Clock = time.monotonic,
+) -> Estimate:
+    """Return what a scan of this pair would find and take; blocks for about `seconds`, rarely longer.
+
+    The extent maps get a third of the time, the sample a half, the rates the rest. Raises UserError where an
+    image is gone.
+    """
+    began = clock()
+    generator = random.Random(seed)
+    unit = granularity
+    if isinstance(reference, base.HashedImage):
+        unit = max(unit, reference.granularity)
+    planned = plan.Plan(
+        live,
+        reference,
+        live.size,
+        unit,
+        rules=() if read_all else plan.rules_for(live, reference),
+        read_all=read_all,
+        clock=clock,
+    )
+    known, runs = _runs(planned, live.size, began + seconds / 3, clock)
+    data = _data(live, began + seconds / 3, clock)
+    units = np.array([-(-run.length // unit) for run in runs], np.int64)
+    stock = _Stock(tuple(runs), np.cumsum(units), unit)
+    desk = _Desk(live, reference, granularity, max(unit, plan.CHUNK))
+    try:
+        drawn, differing = _sample(
+            desk, stock, samples, generator, clock() + max(seconds / 2, 0.1), clock
+        )
+        scan_rate, read_rate = _rates(desk, stock, generator, seconds / 12, clock)
+    except base.GoneError as error:
+        raise errors.UserError(f"an image is gone: {errors.reason(error)}") from None
+    part = (live.size - known) / live.size
+    low, high = (
+        (differing / drawn,) * 2 if drawn and drawn == stock.count else interval(differing, drawn)
+    )
+    return Estimate(
+        size=live.size,
+        granularity=granularity,
+        known=known,
+        data=data,
+        drawn=drawn,
+        drawn_differing=differing,
+        low=low * part,
+        share=differing / drawn * part if drawn else 0.0,
+        high=high * part if stock.count else 0.0,
+        unreadable=desk.unreadable,
+        scan_rate=scan_rate,
+        read_rate=read_rate,
+        took=clock() - began,
+    )
+
+
+def _runs(
+    planned: plan.Plan, size: int, deadline: float, clock: Clock
+) -> tuple[int, list[plan.Run]]:
+    """Return the bytes known to be equal, and the runs to read; what is not told in time is read."""
+    known, done = 0, 0
+    runs: list[plan.Run] = []
+    for run in planned.runs([(0, size)]):
+        done = run.end
+        if run.kind is plan.Kind.EQUAL:
+            known += run.length
+        else:
+            runs.append(run)
+        if clock() >= deadline:
+            break
+    if done < size:
+        runs.append(plan.Run(done, size, plan.Kind.COMPARE))
+    return known, runs
+
+
+def _data(live: base.Image, deadline: float, clock: Clock) -> int:
+    deadline = max(deadline, clock() + 0.1)
+    return live.size - sum(
+        found.length for found in live.extents(0, live.size, deadline) if found.zero
+    )
+
+
+class _Desk:
+    """Readers, one a thread, and what they could not read."""
+
+    def __init__(
+        self, live: base.Image, reference: base.Image, granularity: int, length: int
+    ) -> None:
+        self.live = live
+        self._reference = reference
+        self._granularity = granularity
+        self._length = length
+        self._local = threading.local()
+        self.unreadable = 0
+
+    def _report(self, error: progress.ScanError) -> None:
+        self.unreadable += error.length
+
+    def differs(self, where: tuple[int, int, plan.Kind]) -> bool:
+        """Return whether anything in the run differs or cannot be read; raises GoneError."""
+        if not hasattr(self._local, "reader"):
+            self._local.reader = reader.Reader(
+                self.live, self._reference, self._granularity, self._length, self._report
+            )
+        return bool(self._local.reader.differing(*where).any())
+
+
+def _sample(
+    desk: _Desk,
+    stock: _Stock,
+    samples: int,
+    generator: random.Random,
+    deadline: float,
+    clock: Clock,
+) -> tuple[int, int]:
+    """Return how many units were drawn, and how many of them differ."""
+    numbers = generator.sample(range(stock.count), min(samples, stock.count))
+    drawn = differing = 0
+    with futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="sample") as pool:
+        for first in range(0, len(numbers), _BATCH):
+            batch = sorted(numbers[first : first + _BATCH])
+            differing += sum(pool.map(desk.differs, map(stock.unit_at, batch)))
+            drawn += len(batch)
+            if clock() >= deadline:
+                break
+    return drawn, differing
+
+
+def _rates(
+    desk: _Desk, stock: _Stock, generator: random.Random, seconds: float, clock: Clock
+) -> tuple[float | None, float | None]:
+    """Return how fast both images are read and compared, and the live one alone, with two threads.
+
+    At different places: what was read once may come from the cache.
+    """
+    long = [run for run in stock.runs if run.length >= plan.CHUNK] or list(stock.runs)
+    if not long:
+        return None, None
+    buffers = threading.local()
+
+    def compare(run: plan.Run) -> int:
+        for start in range(run.start, run.end, plan.CHUNK):
+            desk.differs((start, min(plan.CHUNK, run.end - start), run.kind))
+        return run.length
+
+    def read(run: plan.Run) -> int:
+        if not hasattr(buffers, "memory"):
+            buffers.memory = memoryview(bytearray(_PROBE))
+        part = buffers.memory[: run.length]
+        try:
+            desk.live.read_into(run.start, part)
+        except base.GoneError:
+            raise
+        except OSError:
+            return 0
+        return run.length
+
+    return (
+        _rate(compare, _places(long, stock.unit, generator), seconds, clock),
+        _rate(read, _places(long, stock.unit, generator), seconds, clock),
+    )
+
+
+def _places(runs: Sequence[plan.Run], unit: int, generator: random.Random) -> list[plan.Run]:
+    places = []
+    for run in generator.choices(runs, weights=[run.length for run in runs], k=_PROBES):
+        room = max(0, run.length - _PROBE) // unit
+        start = run.start + generator.randint(0, room) * unit
+        places.append(plan.Run(start, min(start + _PROBE, run.end), run.kind))
+    return places
+
+
+def _rate(
+    work: Callable[[plan.Run], int], places: Sequence[plan.Run], seconds: float, clock: Clock
+) -> float | None:
+    began, done = clock(), 0
+    with futures.ThreadPoolExecutor(2, thread_name_prefix="rate") as pool:
+        for first in range(0, len(places), 2):
+            done += sum(pool.map(work, places[first : first + 2]))
+            if clock() - began >= seconds:
+                break
+    return done / max(clock() - began, 1e-6) or None
+
+
+def interval(hits: int, drawn: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Clopper and Pearson's interval for a share of which `drawn` units showed `hits`."""
+    if drawn == 0:
+        return 0.0, 1.0
+    tail = (1 - confidence) / 2
+    # The share at which this many hits or more, or this many or fewer, would just be that unlikely.
+    low = 0.0 if hits == 0 else _solve(lambda p: 1 - _at_most(hits - 1, drawn, p) - tail)
+    high = 1.0 if hits == drawn else _solve(lambda p: tail - _at_most(hits, drawn, p))
+    return low, high
+
+
+def _solve(rising: Callable[[float], float]) -> float:
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if rising(middle) < 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _at_most(hits: int, drawn: int, share: float) -> float:
+    """Return the probability of at most `hits` in `drawn` draws of probability `share`."""
+    if share <= 0:
+        return 1.0
+    if share >= 1:
+        return 0.0
+    numbers = np.arange(hits + 1, dtype=np.float64)
+    logs = _log_choices(drawn)[: hits + 1]
+    terms = logs + numbers * math.log(share) + (drawn - numbers) * math.log1p(-share)
+    return min(1.0, float(np.exp(terms).sum()))
+
+
+def _log_choices(drawn: int) -> np.ndarray:
+    """Return the logarithms of "drawn over k" for all k."""
+    steps = np.log(np.arange(drawn, 0, -1, dtype=np.float64)) - np.log(
+        np.arange(1, drawn + 1, dtype=np.float64)
+    )
+    return np.concatenate([[0.0], np.cumsum(steps)])

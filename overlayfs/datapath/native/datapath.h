@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+/* What the parts of posthoc-datapath know of each other.
+ *
+ *   guest -> kernel -> /dev/fuse -> server's readers -> disk.c    -> live
+ *                                                    -> control.c -> socket -> pyfuse3 in the session
+ *   keeper: parent of the server, holds every descriptor, starts the next server when one dies
+ *
+ * FUSE's messages are those of <linux/fuse.h>.
+ */
+#ifndef POSTHOC_DATAPATH_H
+#define POSTHOC_DATAPATH_H
+
+#include <linux/fuse.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include "shared.h"
+
+/* Newer than the headers of some distributions that this is built on. */
+#ifndef FUSE_HAS_RESEND
+#define FUSE_HAS_RESEND (1ULL << 39)
+#define FUSE_NOTIFY_RESEND 7
+#endif
+#ifndef FUSE_UNIQUE_RESEND
+#define FUSE_UNIQUE_RESEND (1ULL << 63)
+#endif
+#ifndef FUSE_DIRECT_IO_ALLOW_MMAP
+#define FUSE_DIRECT_IO_ALLOW_MMAP (1ULL << 36)
+#endif
+
+#define PAGE 4096
+/* overlayfs/filesystem.py's number of the disk. */
+#define DISK_INODE 2
+/* A WRITE's payload begins this far into the request. */
+#define WRITE_HEAD (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in))
+/* The largest request or answer of any other inode's data. */
+#define CONTROL_LIMIT (128 * 1024)
+/* Threads beside the ordinary readers: one for slow requests, and readers for when all are stuck. */
+#define SPARES 8
+
+/* How a server ends; any other way it has crashed. */
+enum { EXIT_GONE = 0, EXIT_STOPPED = 75, EXIT_BROKEN = 70 };
+
+/* What the keeper and the server are given. */
+struct environment {
+    struct shared_header *shared;
+    int fuse;    /* /dev/fuse, mounted */
+    int live;    /* the disk, through the page cache */
+    int direct;  /* the disk, O_DIRECT; -1 where the page cache is wanted */
+    int session; /* our end of the socket to pyfuse3 */
+    int channel; /* server: to its keeper */
+};
+
+struct worker {
+    struct server *server;
+    struct shared_slot *slot;
+    /* One page of head, then the payload, so that a WRITE's payload begins on a page of its own. A
+     * reply lies in the same memory: its header ends where the payload begins. */
+    unsigned char *arena;
+    pthread_t thread;
+    bool spare;
+    bool running;
+};
+
+struct server {
+    struct environment *environment;
+    struct shared_header *shared;
+    struct control *control;
+    struct queue *slow;
+    size_t room; /* of a request, bytes */
+    unsigned workers;
+    struct worker worker[SHARED_SLOTS];
+    int wake; /* eventfd: the main thread looks around */
+    _Atomic int ending; /* an exit code + 1 once the threads are to end */
+    _Atomic unsigned alive;
+    _Atomic unsigned idle; /* readers waiting in read() */
+    _Atomic unsigned heavy; /* readers in requests that may take long */
+};
+
+static inline unsigned char *worker_request(const struct worker *worker)
+{
+    return worker->arena + PAGE - WRITE_HEAD;
+}
+
+static inline unsigned char *worker_payload(const struct worker *worker)
+{
+    return worker->arena + PAGE;
+}
+
+/* server.c */
+int server_main(struct environment *environment);
+void server_end(struct server *server, int code);
+void server_wake(struct server *server);
+unsigned char *locked_memory(struct shared_header *shared, size_t length);
+/* Answers `unique` with an error (0 or positive) and the `length` bytes at the worker's payload. */
+void worker_reply(struct worker *worker, uint64_t unique, int error, size_t length);
+
+/* disk.c: a request of the disk's inode; false if it is not one of those served here. */
+bool disk_serve(struct worker *worker);
+/* Serves what disk_serve left to the slow thread, which is `worker`. */
+void disk_serve_slowly(struct worker *worker);
+
+/* control.c: everything else goes to the session, and its answers come back. */
+struct control *control_new(struct server *server);
+void control_request(struct control *control, unsigned char *request, size_t length);
+/* For the main thread: what to poll for, and what to do when it has come. */
+int control_descriptor(struct control *control, short *events);
+void control_pump(struct control *control);
+void control_attach(struct control *control, int session);
+void control_close(struct control *control);
+
+/* record.c */
+void record_begin(struct shared_header *shared, struct shared_slot *slot, uint64_t start, uint64_t length);
+void record_end(struct shared_header *shared, struct shared_slot *slot, uint64_t start, uint64_t length);
+void record_account(struct shared_slot *slot, enum shared_kind kind, uint64_t bytes, bool failed,
+                    uint64_t nanoseconds);
+void record_swap(struct shared_header *shared);
+void record_commit(struct shared_header *shared);
+void record_give_back(struct shared_header *shared);
+void record_reset_sequences(struct shared_header *shared);
+struct shared_slot *record_slots(struct shared_header *shared);
+/* A drain: the writes in flight when it began, and whether they are done. */
+struct drain {
+    uint64_t sequence[SHARED_SLOTS];
+};
+void drain_begin(struct drain *drain, struct shared_header *shared);
+bool drain_done(const struct drain *drain, struct shared_header *shared);
+
+/* queue.c: copies of packets, first in, first out. */
+struct packet {
+    struct packet *next;
+    size_t length;
+    unsigned char data[];
+};
+struct queue *queue_new(void);
+void queue_push(struct queue *queue, const void *data, size_t length);
+/* Waits; NULL once the queue is closed and empty. The caller frees. */
+struct packet *queue_pop(struct queue *queue);
+void queue_close(struct queue *queue);
+
+/* keeper.c */
+int keeper_main(struct environment *environment, int memory, int command, const char *path);
+bool process_start(pid_t pid, uint64_t *start);
+
+/* log.c */
+uint64_t clock_nanoseconds(void);
+void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* The same for what may come with every request: told at the 1st, 2nd, 4th, 8th... time. */
+void say_sometimes(_Atomic uint64_t *count, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* faults.c: for tests only. In the product every one of them is a constant. */
+#ifdef POSTHOC_FAULTS
+void faults_read_environment(void);
+void faults_delay(const char *place);
+bool faults_sabotage(const char *what);
+uint64_t faults_masked_flags(void);
+#else
+static inline void faults_read_environment(void) {}
+static inline void faults_delay(const char *place) { (void)place; }
+static inline bool faults_sabotage(const char *what) { (void)what; return false; }
+static inline uint64_t faults_masked_flags(void) { return 0; }
+#endif
+
+#endif

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The disk's own requests. Sizes and offsets are bytes; errors are those of a block device. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "datapath.h"
+
+/* O_DIRECT wants both ends on a logical block; 4096 holds for every disk there is. A payload always
+ * begins on a page. Anything else goes through the page cache, which the kernel keeps coherent. */
+static int descriptor(const struct environment *environment, uint64_t start, size_t length)
+{
+    if (environment->direct >= 0 && (start | length) % PAGE == 0)
+        return environment->direct;
+    return environment->live;
+}
+
+struct outcome {
+    int error;     /* 0 or positive */
+    size_t length; /* of the answer at the worker's payload */
+    uint64_t bytes; /* of the disk that were concerned */
+};
+
+static void *body(struct worker *worker)
+{
+    return worker_request(worker) + sizeof(struct fuse_in_header);
+}
+
+static struct outcome disk_read(struct worker *worker)
+{
+    const struct environment *environment = worker->server->environment;
+    uint64_t size = worker->server->shared->size;
+    struct fuse_read_in *in = body(worker);
+    uint64_t start = in->offset;
+    size_t length = in->size, done = 0;
+    if (start >= size)
+        return (struct outcome){0};
+    if (length > size - start)
+        length = size - start;
+    if (length > worker->server->room - WRITE_HEAD)
+        return (struct outcome){.error = EINVAL};
+    int file = descriptor(environment, start, length);
+    while (done < length) {
+        ssize_t got = pread(file, worker_payload(worker) + done, length - done, (off_t)(start + done));
+        if (got < 0 && errno == EINTR)
+            continue;
+        /* The end of a file that was longer when it was opened: there is nothing true to answer. */
+        if (got <= 0)
+            return (struct outcome){.error = got ? errno : EIO};
+        done += (size_t)got;
+        /* A short read need not end where O_DIRECT may go on. */
+        file = environment->live;
+    }
+    return (struct outcome){.length = length, .bytes = length};
+}
+
+static struct outcome write_all(struct worker *worker, uint64_t start, size_t length, int flags)
+{
+    const struct environment *environment = worker->server->environment;
+    int file = descriptor(environment, start, length);
+    int error = 0;
+    size_t done = 0;
+    while (done < length && !error) {
+        struct iovec part = {worker_payload(worker) + done, length - done};
+        ssize_t put = pwritev2(file, &part, 1, (off_t)(start + done), flags);
+        if (put < 0 && errno != EINTR)
+            error = errno;
+        if (put > 0)
+            done += (size_t)put;
+        file = environment->live;
+    }
+    if (done == 0 && length > 0)
+        return (struct outcome){.error = error};
+    struct fuse_write_out out = {.size = (uint32_t)done};
+    memcpy(worker_payload(worker), &out, sizeof out);
+    return (struct outcome){.length = sizeof out, .bytes = done};
+}
+
+static struct outcome disk_write(struct worker *worker)
+{
+    struct shared_header *shared = worker->server->shared;
+    struct fuse_write_in in;
+    memcpy(&in, body(worker), sizeof in);
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    if (head->len != WRITE_HEAD + in.size)
+        return (struct outcome){.error = EIO};
+    if (shared->read_only)
+        return (struct outcome){.error = EROFS};
+    if (in.offset >= shared->size)
+        return (struct outcome){.error = ENOSPC};
+    /* As a block device: what crosses the end is cut. */
+    uint64_t room = shared->size - in.offset;
+    size_t length = in.size < room ? in.size : room;
+    /* The kernel passes the opener's flags and leaves O_SYNC to us. */
+    int flags = in.flags & O_DSYNC ? RWF_DSYNC : 0;
+    record_begin(shared, worker->slot, in.offset, length);
+    struct outcome outcome = write_all(worker, in.offset, length, flags);
+    record_end(shared, worker->slot, in.offset, length);
+    return outcome;
+}
+
+static struct outcome disk_fsync(struct worker *worker)
+{
+    const struct fuse_fsync_in *in = body(worker);
+    int live = worker->server->environment->live;
+    int result;
+    do
+        result = in->fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(live) : fsync(live);
+    while (result && errno == EINTR);
+    return (struct outcome){.error = result ? errno : 0};
+}
+
+static int change_allocation(int live, int mode, uint64_t start, uint64_t length)
+{
+    int result;
+    do
+        result = fallocate(live, mode, (off_t)start, (off_t)length);
+    while (result && errno == EINTR);
+    return result ? errno : 0;
+}
+
+/* QEMU zeroes a range without KEEP_SIZE, which is the same thing within the disk. */
+static struct outcome disk_fallocate(struct worker *worker)
+{
+    struct shared_header *shared = worker->server->shared;
+    const struct fuse_fallocate_in *in = body(worker);
+    const int punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    const int zero = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
+    int mode = (int)in->mode | (in->mode & FALLOC_FL_ZERO_RANGE ? FALLOC_FL_KEEP_SIZE : 0);
+    bool grows = in->length > shared->size || in->offset > shared->size - in->length;
+    if (shared->read_only)
+        return (struct outcome){.error = EROFS};
+    if (mode != punch && mode != zero)
+        return (struct outcome){.error = EOPNOTSUPP};
+    if (grows && !(in->mode & FALLOC_FL_KEEP_SIZE))
+        return (struct outcome){.error = EFBIG};
+    if (in->length == 0 || in->offset >= shared->size)
+        return (struct outcome){.error = EINVAL};
+    /* Where the size is kept, a range that crosses the end ends there, as on a block device. */
+    uint64_t length = grows ? shared->size - in->offset : in->length;
+    int live = worker->server->environment->live;
+    record_begin(shared, worker->slot, in->offset, length);
+    int error = change_allocation(live, mode, in->offset, length);
+    /* tmpfs has no zero range, and a hole reads as zeros too. */
+    if (error == EOPNOTSUPP && mode == zero)
+        error = change_allocation(live, punch, in->offset, length);
+    record_end(shared, worker->slot, in->offset, length);
+    return (struct outcome){.error = error, .bytes = length};
+}
+
+static struct outcome disk_lseek(struct worker *worker)
+{
+    uint64_t size = worker->server->shared->size;
+    const struct fuse_lseek_in *in = body(worker);
+    if (in->whence != SEEK_DATA && in->whence != SEEK_HOLE)
+        return (struct outcome){.error = EINVAL};
+    if (in->offset >= size)
+        return (struct outcome){.error = ENXIO};
+    off_t found = lseek(worker->server->environment->live, (off_t)in->offset, (int)in->whence);
+    if (found < 0)
+        return (struct outcome){.error = errno};
+    if ((uint64_t)found >= size && in->whence == SEEK_DATA)
+        return (struct outcome){.error = ENXIO};
+    struct fuse_lseek_out out = {.offset = (uint64_t)found < size ? (uint64_t)found : size};
+    memcpy(worker_payload(worker), &out, sizeof out);
+    return (struct outcome){.length = sizeof out};
+}
+
+static struct outcome disk_flush(struct worker *worker)
+{
+    /* close() of a block device flushes nothing either; fsync is a request of its own. */
+    (void)worker;
+    return (struct outcome){0};
+}
+
+static const struct operation {
+    struct outcome (*serve)(struct worker *worker);
+    int kind; /* of the statistics, -1: not counted */
+    bool heavy; /* may take as long as the disk likes */
+} operations[] = {
+    [FUSE_READ] = {disk_read, KIND_READ, false},
+    [FUSE_WRITE] = {disk_write, KIND_WRITE, false},
+    [FUSE_FSYNC] = {disk_fsync, KIND_FLUSH, true},
+    [FUSE_FLUSH] = {disk_flush, -1, false},
+    [FUSE_FALLOCATE] = {disk_fallocate, KIND_DISCARD, true},
+    [FUSE_LSEEK] = {disk_lseek, -1, true},
+};
+
+static void serve(struct worker *worker, const struct operation *operation)
+{
+    static _Atomic uint64_t failures;
+    /* The answer may be written over the request. */
+    struct fuse_in_header head;
+    memcpy(&head, worker_request(worker), sizeof head);
+    uint64_t begin = clock_nanoseconds();
+    struct outcome outcome = operation->serve(worker);
+    faults_delay("before-reply");
+    /* Counted before the guest can know, so that whoever has seen an answer finds it counted. */
+    if (operation->kind >= 0)
+        record_account(worker->slot, (enum shared_kind)operation->kind, outcome.bytes, outcome.error != 0,
+                       clock_nanoseconds() - begin);
+    if (outcome.error == EIO)
+        say_sometimes(&failures, "request failed opcode=%u errno=%d", head.opcode, outcome.error);
+    worker_reply(worker, head.unique, outcome.error, outcome.length);
+}
+
+bool disk_serve(struct worker *worker)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    struct server *server = worker->server;
+    if (head->nodeid != DISK_INODE || head->opcode >= sizeof operations / sizeof *operations)
+        return false;
+    const struct operation *operation = &operations[head->opcode];
+    if (!operation->serve)
+        return false;
+    if (!operation->heavy) {
+        serve(worker, operation);
+        return true;
+    }
+    /* One reader stays free for reads and writes, whatever the disk makes of its flushes. */
+    if (atomic_fetch_add(&server->heavy, 1) + 1 < server->shared->threads)
+        serve(worker, operation);
+    else
+        queue_push(server->slow, head, head->len);
+    atomic_fetch_sub(&server->heavy, 1);
+    return true;
+}
+
+void disk_serve_slowly(struct worker *worker)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    serve(worker, &operations[head->opcode]);
+}

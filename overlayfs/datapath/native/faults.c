@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Test builds only: delays and sabotage, named in POSTHOC_FAULTS, to show that a check can fail.
+ *
+ *   POSTHOC_FAULTS=before-write=300,no-drain,mask=8000000000
+ *   (a delay in microseconds; a sabotage; INIT flags to hide, in hexadecimal)
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "datapath.h"
+
+static char faults[512];
+
+void faults_read_environment(void)
+{
+    const char *value = getenv("POSTHOC_FAULTS");
+    /* Framed by commas, so that a whole word can be searched for. */
+    faults[0] = ',';
+    if (value)
+        strncpy(faults + 1, value, sizeof faults - 3);
+    strcat(faults, ",");
+}
+
+/* Returns what follows `name`, or NULL where it is not among the faults. */
+static const char *find(const char *name)
+{
+    size_t length = strlen(name);
+    for (const char *at = faults; (at = strchr(at, ',')) && at[1]; at++)
+        if (strncmp(at + 1, name, length) == 0 && (at[1 + length] == ',' || at[1 + length] == '='))
+            return at + 1 + length;
+    return NULL;
+}
+
+void faults_delay(const char *place)
+{
+    const char *value = find(place);
+    if (!value)
+        return;
+    long microseconds = strtol(value + 1, NULL, 10);
+    struct timespec time = {microseconds / 1000000, microseconds % 1000000 * 1000};
+    nanosleep(&time, NULL);
+}
+
+bool faults_sabotage(const char *what)
+{
+    return find(what) != NULL;
+}
+
+uint64_t faults_masked_flags(void)
+{
+    const char *value = find("mask");
+    return value ? strtoull(value + 1, NULL, 16) : 0;
+}

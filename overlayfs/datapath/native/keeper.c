@@ -1,0 +1,589 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The keeper: holds every descriptor, does next to nothing, and so lives on. It is the server's parent;
+ * when the server dies it has the kernel send the unanswered requests again and starts the next one.
+ * When the session dies it starts the session's command line again, or waits for one to adopt the mount.
+ * A keeper that is killed takes its server along (PDEATHSIG), and the session, which has every
+ * descriptor too, starts the next keeper with them. When the mount is gone, all of them end.
+ *
+ * A SOCK_SEQPACKET socket in the session's private folder takes one word a packet:
+ *   session   the caller becomes the session: "ok" with its socket and all descriptors, or "busy PID"
+ *   drain     "ok" once every write in flight now is done
+ *   swap      the bits written so far are moved to `taken`
+ *   commit    what was taken is forgotten        back   it is written again
+ *   stop      "ok" once the server has finished what it is doing; then everything ends
+ *   pids      "KEEPER SERVER SESSION"
+ * To the session, unasked: "gone" when the mount is.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "datapath.h"
+
+#define CLIENTS 8
+#define MILLISECOND 1000000ULL
+#define SECOND (1000 * MILLISECOND)
+/* A session that dies sooner than this after it began to serve is started again ever later. */
+#define SESSION_QUICK (100 * MILLISECOND)
+#define SESSION_LONGEST_DELAY (5 * SECOND)
+/* The same for servers, whose delay is constant: guests wait for them. */
+#define SERVER_QUICK (10 * MILLISECOND)
+#define SERVER_PATIENCE 20
+#define SERVER_DELAY (50 * MILLISECOND)
+#define BROKEN_LIMIT 5
+#define STOP_PATIENCE (10 * SECOND)
+
+struct client {
+    int fd; /* -1: free */
+    bool draining;
+    struct drain drain;
+};
+
+struct keeper {
+    struct environment *environment;
+    struct shared_header *shared;
+    int memory; /* the shared memory's descriptor */
+    const char *path;
+    int listener;
+    int signals;
+    struct client clients[CLIENTS];
+
+    pid_t server;
+    int channel;
+    uint64_t server_began, server_due; /* due: 0 or when the next one is started */
+    unsigned server_quick, broken;
+
+    int session; /* connection; -1 while there is none */
+    pid_t session_child; /* the one that we started, until it is reaped */
+    uint64_t session_began, session_due;
+    unsigned session_quick;
+
+    uint64_t stop_deadline;
+    bool stopping, done;
+};
+
+bool process_start(pid_t pid, uint64_t *start)
+{
+    char path[64], text[1024];
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t length = file < 0 ? -1 : read(file, text, sizeof text - 1);
+    if (file >= 0)
+        close(file);
+    if (length <= 0)
+        return false;
+    text[length] = 0;
+    /* Field 22; the second is the name, in brackets, with anything in it. */
+    char *at = strrchr(text, ')');
+    for (int field = 2; at && field < 22; field++)
+        at = strchr(at + 1, ' ');
+    if (!at)
+        return false;
+    *start = strtoull(at, NULL, 10);
+    return true;
+}
+
+/* Kills a process of a former keeper and waits until nothing of it runs. The descriptor pins the pid, so
+ * that the start time decides whether it is still the same process. */
+static void await_gone(uint64_t pid, uint64_t start)
+{
+    uint64_t found;
+    int process = pid ? (int)syscall(SYS_pidfd_open, (pid_t)pid, 0) : -1;
+    if (process < 0)
+        return;
+    if (process_start((pid_t)pid, &found) && found == start) {
+        struct pollfd wanted = {.fd = process, .events = POLLIN};
+        syscall(SYS_pidfd_send_signal, process, SIGKILL, NULL, 0);
+        while (poll(&wanted, 1, -1) < 0 && errno == EINTR)
+            ;
+    }
+    close(process);
+}
+
+/* False if this kernel cannot. */
+static bool resend(const struct keeper *keeper)
+{
+    struct fuse_out_header out = {.len = sizeof out, .error = FUSE_NOTIFY_RESEND, .unique = 0};
+    if (!atomic_load(&keeper->shared->init_length))
+        return true; /* nothing has been asked yet */
+    if (!(atomic_load(&keeper->shared->kernel_flags) & FUSE_HAS_RESEND))
+        return false;
+    if (write(keeper->environment->fuse, &out, sizeof out) < 0 && errno != ENODEV && errno != ECONNABORTED) {
+        say("the kernel refuses to resend errno=%d", errno);
+        return false;
+    }
+    return true;
+}
+
+static void close_in_child(struct keeper *keeper)
+{
+    close(keeper->listener);
+    close(keeper->signals);
+    close(keeper->memory);
+    if (keeper->session >= 0)
+        close(keeper->session);
+    for (int i = 0; i < CLIENTS; i++)
+        if (keeper->clients[i].fd >= 0)
+            close(keeper->clients[i].fd);
+}
+
+static _Noreturn void become_server(struct keeper *keeper, pid_t parent, int channel)
+{
+    uint64_t start = 0;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(EXIT_STOPPED);
+    process_start(getpid(), &start);
+    atomic_store(&keeper->shared->server_start, start);
+    atomic_store(&keeper->shared->server_pid, (uint64_t)getpid());
+    close_in_child(keeper);
+    keeper->environment->channel = channel;
+    exit(server_main(keeper->environment));
+}
+
+static void start_server(struct keeper *keeper)
+{
+    int pair[2];
+    pid_t parent = getpid();
+    keeper->server_due = 0;
+    keeper->server_began = clock_nanoseconds();
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+        keeper->server_due = keeper->server_began + SERVER_DELAY;
+        return;
+    }
+    atomic_fetch_add(&keeper->shared->servers, 1);
+    keeper->server = fork();
+    if (keeper->server == 0) {
+        close(pair[0]);
+        become_server(keeper, parent, pair[1]);
+    }
+    close(pair[1]);
+    keeper->channel = pair[0];
+    if (keeper->server < 0) {
+        say("a server cannot be started errno=%d", errno);
+        close(pair[0]);
+        keeper->channel = -1;
+        keeper->server_due = keeper->server_began + SERVER_DELAY;
+    }
+}
+
+static void reply(int client, const char *word)
+{
+    if (send(client, word, strlen(word), MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
+        /* Whoever asked has left. */
+    }
+}
+
+static void drop_client(struct client *client)
+{
+    close(client->fd);
+    client->fd = -1;
+    client->draining = false;
+}
+
+/* The end of everything: the mount is gone, or was given up. */
+static void finish(struct keeper *keeper)
+{
+    keeper->done = true;
+    unlink(keeper->path);
+    for (int i = 0; i < CLIENTS; i++)
+        if (keeper->clients[i].fd >= 0)
+            reply(keeper->clients[i].fd, "ok");
+    if (keeper->session >= 0)
+        reply(keeper->session, "gone");
+}
+
+static void server_crashed(struct keeper *keeper, int status)
+{
+    uint64_t now = clock_nanoseconds();
+    bool quick = now - keeper->server_began < SERVER_QUICK;
+    bool broken = WIFEXITED(status) && WEXITSTATUS(status) == EXIT_BROKEN;
+    keeper->server_quick = quick ? keeper->server_quick + 1 : 0;
+    keeper->broken = broken ? keeper->broken + 1 : 0;
+    say("server died status=%#x: %s", (unsigned)status, "its requests are sent again");
+    if (keeper->broken >= BROKEN_LIMIT || !resend(keeper)) {
+        say("server not replaced: %s", keeper->broken >= BROKEN_LIMIT
+            ? "it cannot start" : "this kernel has no FUSE_NOTIFY_RESEND");
+        finish(keeper);
+    } else if (keeper->server_quick > SERVER_PATIENCE || broken) {
+        keeper->server_due = now + SERVER_DELAY;
+    } else {
+        start_server(keeper);
+    }
+}
+
+/* Only here, after waitpid, is nothing of the old server at work on the disk any more. */
+static void server_reaped(struct keeper *keeper, int status)
+{
+    keeper->server = 0;
+    close(keeper->channel);
+    keeper->channel = -1;
+    record_reset_sequences(keeper->shared);
+    bool gone = WIFEXITED(status) && WEXITSTATUS(status) == EXIT_GONE;
+    if (gone || keeper->stopping)
+        finish(keeper);
+    else
+        server_crashed(keeper, status);
+}
+
+static void plan_session(struct keeper *keeper, bool quick)
+{
+    const char *restart = (const char *)keeper->shared + keeper->shared->restart_offset;
+    if (keeper->done || keeper->stopping || keeper->session_due || restart[0] == 0)
+        return;
+    keeper->session_quick = quick ? keeper->session_quick + 1 : 0;
+    uint64_t delay = 0;
+    if (keeper->session_quick > 0)
+        delay = keeper->session_quick < 6 ? SESSION_QUICK << (keeper->session_quick - 1) : SESSION_LONGEST_DELAY;
+    keeper->session_due = clock_nanoseconds() + delay;
+    say("session ended: started again in %u ms", (unsigned)(delay / MILLISECOND));
+}
+
+static _Noreturn void become_session(char *restart)
+{
+    static char *words[256];
+    sigset_t none;
+    unsigned count = 0;
+    for (char *word = restart; *word && count < 255; word += strlen(word) + 1)
+        words[count++] = word;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    setsid();
+    execv(words[0], words);
+    say("session cannot be started errno=%d", errno);
+    _exit(127);
+}
+
+static void start_session(struct keeper *keeper)
+{
+    keeper->session_due = 0;
+    keeper->session_began = clock_nanoseconds();
+    atomic_fetch_add(&keeper->shared->sessions, 1);
+    keeper->session_child = fork();
+    if (keeper->session_child == 0)
+        become_session((char *)keeper->shared + keeper->shared->restart_offset);
+}
+
+static void reap(struct keeper *keeper)
+{
+    struct signalfd_siginfo information;
+    int status;
+    pid_t pid;
+    while (read(keeper->signals, &information, sizeof information) > 0) {
+        /* Asked to end, which only a session may decide while there is one. */
+        if (information.ssi_signo == SIGTERM && keeper->session < 0)
+            finish(keeper);
+    }
+    while (!keeper->done && (pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        if (pid == keeper->server) {
+            server_reaped(keeper, status);
+        } else if (pid == keeper->session_child) {
+            keeper->session_child = 0;
+            /* One that had connected is noticed by its connection's end. */
+            if (keeper->session < 0)
+                plan_session(keeper, true);
+        }
+    }
+}
+
+static int send_descriptors(int socket, const char *word, const int *descriptors, unsigned count)
+{
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE(8 * sizeof(int))];
+    } ancillary = {0};
+    struct iovec part = {(char *)word, strlen(word)};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &ancillary,
+                             .msg_controllen = CMSG_SPACE(count * sizeof(int))};
+    struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+    head->cmsg_level = SOL_SOCKET;
+    head->cmsg_type = SCM_RIGHTS;
+    head->cmsg_len = CMSG_LEN(count * sizeof(int));
+    memcpy(CMSG_DATA(head), descriptors, count * sizeof(int));
+    return sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? errno : 0;
+}
+
+/* As large as those of the pair before; the kernel reports twice what was asked for. */
+static void copy_buffer_size(int from, int to)
+{
+    int size = 0;
+    socklen_t length = sizeof size;
+    getsockopt(from, SOL_SOCKET, SO_SNDBUF, &size, &length);
+    size /= 2;
+    if (setsockopt(to, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size))
+        setsockopt(to, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+}
+
+/* Makes `client` the session. False if there is one already. */
+static bool adopt(struct keeper *keeper, int client)
+{
+    struct environment *environment = keeper->environment;
+    int pair[2];
+    if (keeper->session >= 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+        return false;
+    copy_buffer_size(environment->session, pair[0]);
+    copy_buffer_size(environment->session, pair[1]);
+    const int all[] = {pair[1], pair[0], keeper->memory, environment->fuse, environment->live, environment->direct};
+    if (send_descriptors(client, "ok", all, environment->direct < 0 ? 5 : 6)) {
+        close(pair[0]);
+        close(pair[1]);
+        return true; /* it left at once: drop it */
+    }
+    /* What the dead session had swapped out and not committed is dirty again. */
+    if (atomic_load(&keeper->shared->swap_state) != SWAP_NONE)
+        record_give_back(keeper->shared);
+    close(environment->session);
+    environment->session = pair[0];
+    atomic_fetch_add(&keeper->shared->epoch, 1);
+    if (keeper->channel >= 0)
+        send_descriptors(keeper->channel, "session", &pair[0], 1);
+    close(pair[1]);
+    keeper->session = client;
+    keeper->session_began = clock_nanoseconds();
+    keeper->session_due = 0;
+    return true;
+}
+
+static void refuse_adoption(const struct keeper *keeper, int client)
+{
+    struct ucred peer = {0};
+    socklen_t length = sizeof peer;
+    char text[64];
+    if (keeper->session >= 0)
+        getsockopt(keeper->session, SOL_SOCKET, SO_PEERCRED, &peer, &length);
+    snprintf(text, sizeof text, "busy %d", (int)peer.pid);
+    reply(client, text);
+}
+
+static void tell_pids(const struct keeper *keeper, int client)
+{
+    struct ucred peer = {0};
+    socklen_t length = sizeof peer;
+    char text[96];
+    if (keeper->session >= 0)
+        getsockopt(keeper->session, SOL_SOCKET, SO_PEERCRED, &peer, &length);
+    snprintf(text, sizeof text, "%d %d %d", (int)getpid(), (int)keeper->server, (int)peer.pid);
+    reply(client, text);
+}
+
+static void stop(struct keeper *keeper)
+{
+    keeper->stopping = true;
+    keeper->stop_deadline = clock_nanoseconds() + STOP_PATIENCE;
+    if (keeper->server > 0)
+        reply(keeper->channel, "stop");
+    else
+        finish(keeper);
+}
+
+static void obey(struct keeper *keeper, struct client *client, const char *word)
+{
+    if (strcmp(word, "session") == 0) {
+        if (adopt(keeper, client->fd))
+            client->fd = -1; /* now keeper->session, or gone */
+        else
+            refuse_adoption(keeper, client->fd);
+    } else if (strcmp(word, "swap") == 0) {
+        record_swap(keeper->shared);
+        reply(client->fd, "ok");
+    } else if (strcmp(word, "drain") == 0) {
+        client->draining = true;
+        drain_begin(&client->drain, keeper->shared);
+    } else if (strcmp(word, "commit") == 0) {
+        record_commit(keeper->shared);
+        reply(client->fd, "ok");
+    } else if (strcmp(word, "back") == 0) {
+        record_give_back(keeper->shared);
+        reply(client->fd, "ok");
+    } else if (strcmp(word, "stop") == 0) {
+        stop(keeper);
+    } else if (strcmp(word, "pids") == 0) {
+        tell_pids(keeper, client->fd);
+    } else {
+        reply(client->fd, "unknown");
+    }
+}
+
+static void listen_to(struct keeper *keeper, struct client *client)
+{
+    char word[32];
+    ssize_t got = recv(client->fd, word, sizeof word - 1, MSG_DONTWAIT);
+    if (got < 0 && errno == EAGAIN)
+        return;
+    if (got <= 0) {
+        drop_client(client);
+        return;
+    }
+    word[got] = 0;
+    obey(keeper, client, word);
+}
+
+static void welcome(struct keeper *keeper)
+{
+    struct ucred peer = {0};
+    socklen_t length = sizeof peer;
+    int fd = accept4(keeper->listener, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0)
+        return;
+    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length);
+    for (int i = 0; i < CLIENTS; i++) {
+        if (keeper->clients[i].fd < 0 && (peer.uid == getuid() || peer.uid == 0)) {
+            keeper->clients[i].fd = fd;
+            return;
+        }
+    }
+    close(fd);
+}
+
+static void session_spoke(struct keeper *keeper)
+{
+    char word[32] = {0};
+    ssize_t got = recv(keeper->session, word, sizeof word - 1, MSG_DONTWAIT);
+    if (got > 0 && strcmp(word, "stop") == 0)
+        stop(keeper);
+    if (got > 0 || (got < 0 && errno == EAGAIN))
+        return;
+    close(keeper->session);
+    keeper->session = -1;
+    plan_session(keeper, clock_nanoseconds() - keeper->session_began < SESSION_QUICK);
+}
+
+/* Does what is due and returns how long poll() may wait, milliseconds. */
+static int look_at_clock(struct keeper *keeper)
+{
+    uint64_t now = clock_nanoseconds(), next = UINT64_MAX;
+    bool draining = false;
+    for (int i = 0; i < CLIENTS; i++) {
+        struct client *client = &keeper->clients[i];
+        if (client->fd >= 0 && client->draining && drain_done(&client->drain, keeper->shared)) {
+            client->draining = false;
+            reply(client->fd, "ok");
+        }
+        draining = draining || client->draining;
+    }
+    if (keeper->server_due && keeper->server_due <= now)
+        start_server(keeper);
+    if (keeper->session_due && keeper->session_due <= now)
+        start_session(keeper);
+    if (keeper->stop_deadline && keeper->stop_deadline <= now && keeper->server > 0) {
+        keeper->stop_deadline = 0;
+        say("server does not stop: killed");
+        kill(keeper->server, SIGKILL);
+    }
+    const uint64_t times[] = {keeper->server_due, keeper->session_due, keeper->stop_deadline};
+    for (unsigned i = 0; i < 3; i++)
+        if (times[i] && times[i] < next)
+            next = times[i];
+    if (draining)
+        return 1;
+    if (next == UINT64_MAX)
+        return -1;
+    return next <= now ? 0 : (int)((next - now) / MILLISECOND + 1);
+}
+
+static void run(struct keeper *keeper)
+{
+    while (!keeper->done) {
+        struct pollfd wanted[3 + CLIENTS] = {{.fd = keeper->signals, .events = POLLIN},
+                                             {.fd = keeper->listener, .events = POLLIN},
+                                             {.fd = keeper->session, .events = POLLIN}};
+        for (int i = 0; i < CLIENTS; i++)
+            wanted[3 + i] = (struct pollfd){.fd = keeper->clients[i].fd, .events = POLLIN};
+        int pause = look_at_clock(keeper);
+        if (keeper->done || poll(wanted, 3 + CLIENTS, pause) < 0)
+            continue;
+        if (wanted[0].revents)
+            reap(keeper);
+        if (wanted[2].revents && !keeper->done)
+            session_spoke(keeper);
+        for (int i = 0; i < CLIENTS && !keeper->done; i++)
+            if (wanted[3 + i].revents && keeper->clients[i].fd == wanted[3 + i].fd)
+                listen_to(keeper, &keeper->clients[i]);
+        if (wanted[1].revents && !keeper->done)
+            welcome(keeper);
+    }
+}
+
+static int open_listener(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return -1;
+    strcpy(address.sun_path, path);
+    unlink(path);
+    int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    mode_t mask = umask(0177);
+    bool bound = bind(listener, (struct sockaddr *)&address, sizeof address) == 0;
+    umask(mask);
+    if (!bound || listen(listener, CLIENTS)) {
+        close(listener);
+        return -1;
+    }
+    return listener;
+}
+
+static int open_signals(void)
+{
+    sigset_t set;
+    sigfillset(&set);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    sigaddset(&set, SIGTERM);
+    return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+/* Takes over from a keeper that was killed: nothing of it or of its server may be left at work. */
+static void succeed(struct keeper *keeper)
+{
+    struct shared_header *shared = keeper->shared;
+    await_gone(atomic_load(&shared->keeper_pid), atomic_load(&shared->keeper_start));
+    await_gone(atomic_load(&shared->server_pid), atomic_load(&shared->server_start));
+    record_reset_sequences(shared);
+    if (atomic_load(&shared->swap_state) == SWAP_TAKING)
+        record_give_back(shared);
+    uint64_t start = 0;
+    process_start(getpid(), &start);
+    atomic_store(&shared->keeper_start, start);
+    atomic_store(&shared->keeper_pid, (uint64_t)getpid());
+}
+
+int keeper_main(struct environment *environment, int memory, int command, const char *path)
+{
+    static struct keeper keeper;
+    prctl(PR_SET_NAME, "posthoc-keeper");
+    keeper.environment = environment;
+    keeper.shared = environment->shared;
+    keeper.memory = memory;
+    keeper.path = path;
+    keeper.session = command;
+    keeper.session_began = clock_nanoseconds();
+    keeper.channel = -1;
+    for (int i = 0; i < CLIENTS; i++)
+        keeper.clients[i].fd = -1;
+    keeper.signals = open_signals();
+    keeper.listener = open_listener(path);
+    if (keeper.signals < 0 || keeper.listener < 0) {
+        say("%s: cannot be listened on errno=%d", path, errno);
+        return EXIT_BROKEN;
+    }
+    succeed(&keeper);
+    if (atomic_load(&keeper.shared->servers) > 0 && !resend(&keeper))
+        finish(&keeper);
+    else
+        start_server(&keeper);
+    run(&keeper);
+    return 0;
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The server: threads that read requests from /dev/fuse and serve them, and the main thread, which
+ * passes the session's answers on and listens to the keeper.
+ *
+ * It may be killed at any moment. Then the kernel sends every request without an answer to the next
+ * server, and doing one twice is legal: to the guest it has been pending all the while. Two things make
+ * that true: the keeper asks for it only when this process is gone for good (so no io_uring, whose
+ * writes may outlive it), and the memory that the kernel copies from and to is locked (a copy that
+ * faults in a dying process fails the request: 126 of 182 kills with cold buffers, 0 of 411 locked).
+ */
+#include <errno.h>
+#include <poll.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "datapath.h"
+
+/* How often the main thread looks whether every reader is stuck in a request, milliseconds. */
+#define WATCH_BUSY 20
+#define WATCH_IDLE 200
+
+static sem_t spare_wanted;
+
+unsigned char *locked_memory(struct shared_header *shared, size_t length)
+{
+    static bool told;
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    if (mlock(memory, length) && !faults_sabotage("no-lock")) {
+        atomic_store(&shared->locked, 0);
+        if (!told)
+            say("buffers are not locked into memory errno=%d: raise RLIMIT_MEMLOCK", errno);
+        told = true;
+    }
+    return memory;
+}
+
+void server_wake(struct server *server)
+{
+    uint64_t one = 1;
+    if (write(server->wake, &one, sizeof one) < 0) {
+        /* Full: it is awake anyway. */
+    }
+}
+
+/* Ends all threads; the first code wins. */
+void server_end(struct server *server, int code)
+{
+    int none = 0;
+    atomic_compare_exchange_strong(&server->ending, &none, code + 1);
+    server_wake(server);
+}
+
+void worker_reply(struct worker *worker, uint64_t unique, int error, size_t length)
+{
+    struct fuse_out_header out = {
+        .len = (uint32_t)(sizeof out + (error ? 0 : length)), .error = -error, .unique = unique};
+    unsigned char *start = worker_payload(worker) - sizeof out;
+    memcpy(start, &out, sizeof out);
+    ssize_t put;
+    do
+        put = write(worker->server->environment->fuse, start, out.len);
+    while (put < 0 && errno == EINTR);
+    /* ENOENT: the request was aborted. ENODEV: the mount is gone, and the next read says so too. */
+    if (put < 0 && errno != ENOENT && errno != ENODEV)
+        say("answer refused length=%u errno=%d", out.len, errno);
+}
+
+static void dispatch(struct worker *worker, size_t length)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
+    if (length < sizeof *head || head->len != length)
+        say("request of %zu bytes that says %u", length, head->len);
+    else if (!disk_serve(worker))
+        control_request(worker->server->control, worker_request(worker), length);
+    atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
+}
+
+/* Waits for one request and serves it. */
+static void serve_one(struct worker *worker)
+{
+    struct server *server = worker->server;
+    atomic_fetch_add(&server->idle, 1);
+    ssize_t got = read(server->environment->fuse, worker_request(worker), server->room);
+    int error = errno;
+    atomic_fetch_sub(&server->idle, 1);
+    if (got >= 0)
+        dispatch(worker, (size_t)got);
+    else if (error == ENODEV || error == ECONNABORTED)
+        server_end(server, EXIT_GONE); /* unmounted, or aborted */
+    else if (error != EINTR && error != EAGAIN && error != ENOENT) { /* ENOENT: aborted before it was read */
+        say("reading requests failed errno=%d", error);
+        server_end(server, EXIT_BROKEN);
+    }
+}
+
+static void *read_requests(void *argument)
+{
+    struct worker *worker = argument;
+    while (!atomic_load(&worker->server->ending))
+        serve_one(worker);
+    atomic_fetch_sub(&worker->server->alive, 1);
+    return NULL;
+}
+
+/* A reader for when all others wait for the disk, so that the status can be read whatever it does. */
+static void *read_when_stuck(void *argument)
+{
+    struct worker *worker = argument;
+    struct server *server = worker->server;
+    while (!atomic_load(&server->ending)) {
+        while (sem_wait(&spare_wanted))
+            ;
+        do
+            if (!atomic_load(&server->ending))
+                serve_one(worker);
+        while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
+    }
+    atomic_fetch_sub(&server->alive, 1);
+    return NULL;
+}
+
+static void *serve_slowly(void *argument)
+{
+    struct worker *worker = argument;
+    struct packet *packet;
+    while ((packet = queue_pop(worker->server->slow))) {
+        memcpy(worker_request(worker), packet->data, packet->length);
+        free(packet);
+        disk_serve_slowly(worker);
+    }
+    atomic_fetch_sub(&worker->server->alive, 1);
+    return NULL;
+}
+
+static bool start_worker(struct server *server, void *(*run)(void *))
+{
+    struct worker *worker = &server->worker[server->workers];
+    worker->server = server;
+    worker->slot = record_slots(server->shared) + server->workers;
+    worker->arena = locked_memory(server->shared, PAGE + server->shared->max_write + PAGE);
+    if (!worker->arena)
+        return false;
+    atomic_fetch_add(&server->alive, 1);
+    if (pthread_create(&worker->thread, NULL, run, worker)) {
+        atomic_fetch_sub(&server->alive, 1);
+        return false;
+    }
+    server->workers++;
+    return true;
+}
+
+static bool start_workers(struct server *server)
+{
+    bool started = start_worker(server, serve_slowly);
+    for (unsigned i = 0; i < SPARES; i++)
+        started = started && start_worker(server, read_when_stuck);
+    for (unsigned i = 0; i < server->shared->threads; i++)
+        started = started && start_worker(server, read_requests);
+    return started;
+}
+
+/* Readers come back from read() by a signal, which they may miss just before it: hence repeated. */
+static void join_workers(struct server *server)
+{
+    const struct timespec pause = {0, 1000000};
+    queue_close(server->slow);
+    while (atomic_load(&server->alive) > 0) {
+        for (unsigned i = 0; i < server->workers; i++) {
+            pthread_kill(server->worker[i].thread, SIGUSR1);
+            sem_post(&spare_wanted);
+        }
+        nanosleep(&pause, NULL);
+    }
+    for (unsigned i = 0; i < server->workers; i++)
+        pthread_join(server->worker[i].thread, NULL);
+}
+
+/* From the keeper: a new session's socket, or its wish that this server ends. */
+static void listen_to_keeper(struct server *server)
+{
+    char word[16];
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE(sizeof(int))];
+    } ancillary;
+    struct iovec part = {word, sizeof word};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &ancillary, .msg_controllen = sizeof ancillary};
+    ssize_t got = recvmsg(server->environment->channel, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (got < 0)
+        return;
+    struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+    if (head && head->cmsg_type == SCM_RIGHTS) {
+        int session;
+        memcpy(&session, CMSG_DATA(head), sizeof session);
+        control_attach(server->control, session);
+    } else {
+        server_end(server, EXIT_STOPPED);
+    }
+}
+
+/* Wakes a spare reader when nobody reads and nobody has finished anything since the last look. */
+static int watch(struct server *server, uint64_t *before)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < server->workers; i++)
+        sum += atomic_load_explicit(&server->worker[i].slot->requests, memory_order_relaxed);
+    bool same = sum == *before;
+    bool reading = atomic_load(&server->idle) > 0;
+    *before = sum;
+    if (same && !reading)
+        sem_post(&spare_wanted);
+    return same && reading ? WATCH_IDLE : WATCH_BUSY;
+}
+
+static void run(struct server *server)
+{
+    uint64_t before = 0, count;
+    int pause = WATCH_BUSY;
+    while (!atomic_load(&server->ending)) {
+        struct pollfd wanted[3] = {{.fd = server->wake, .events = POLLIN},
+                                   {.fd = server->environment->channel, .events = POLLIN}};
+        wanted[2].fd = control_descriptor(server->control, &wanted[2].events);
+        int ready = poll(wanted, 3, pause);
+        if (wanted[0].revents && read(server->wake, &count, sizeof count) < 0)
+            continue;
+        if (wanted[1].revents)
+            listen_to_keeper(server);
+        control_pump(server->control);
+        if (ready == 0)
+            pause = watch(server, &before);
+    }
+}
+
+static void ignore(int signal)
+{
+    (void)signal;
+}
+
+/* Only readers listen to SIGUSR1, which they inherit unblocked; the main thread blocks it again. */
+static void set_signals(int how)
+{
+    sigset_t set;
+    struct sigaction action = {.sa_handler = ignore}; /* no SA_RESTART: read() must return */
+    sigaction(SIGUSR1, &action, NULL);
+    sigfillset(&set);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    pthread_sigmask(how, &set, NULL);
+}
+
+int server_main(struct environment *environment)
+{
+    static struct server server;
+    const struct rlimit none = {0, 0};
+    prctl(PR_SET_NAME, "posthoc-server");
+    /* A core dump would delay the reaping, and with it the next server. */
+    setrlimit(RLIMIT_CORE, &none);
+    server.environment = environment;
+    server.shared = environment->shared;
+    server.room = WRITE_HEAD + server.shared->max_write;
+    atomic_store(&server.shared->locked, 1);
+    server.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    server.slow = queue_new();
+    sem_init(&spare_wanted, 0, 0);
+    set_signals(SIG_BLOCK);
+    server.control = control_new(&server);
+    if (server.wake < 0 || !server.slow || !server.control) {
+        say("server cannot start errno=%d", errno);
+        return EXIT_BROKEN;
+    }
+    control_attach(server.control, environment->session);
+    set_signals(SIG_UNBLOCK);
+    if (!start_workers(&server)) {
+        say("threads cannot be started errno=%d", errno);
+        server_end(&server, EXIT_BROKEN);
+    }
+    set_signals(SIG_BLOCK);
+    run(&server);
+    join_workers(&server);
+    control_close(server.control);
+    return atomic_load(&server.ending) - 1;
+}

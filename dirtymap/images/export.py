@@ -56,11 +56,15 @@ class NbdImage:
         self.name = name
         self.facts = first.facts
         self.size = first.facts.size
+        self._address = address
+        self._connections = connections
         self._pool = pool.Pool(address, connections)
         self._pool.add(first)
         self._closing = threading.Event()
         self._gone = False
+        # Of our own and stopped with this image, unless this is another's reader.
         self.server: Server | None = None
+        self._stops_server = True
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer`; raises OSError, GoneError where the server stays away."""
@@ -133,6 +137,22 @@ class NbdImage:
             raise OSError(errno.EPROTO, "the server gave no extents")
         return found
 
+    def reader(self) -> NbdImage:
+        """Return the same export for reading over connections of its own, so that a scan's requests and the
+        guest's do not wait for each other; this very image where the server does not take more.
+
+        The caller closes it, before this one.
+        """
+        if not self.facts.multi_conn:
+            return self
+        try:
+            first = nbd.Connection(self._address, pool.FURTHER_PATIENCE)
+        except nbd.LostError:
+            return self
+        image = NbdImage(self.name, self._address, first, self._connections)
+        image.server, image._stops_server = self.server, False
+        return image
+
     def perform(self, work: Callable[[nbd.Connection], T]) -> T:
         """Return work(connection), with a new connection as often as it takes. Raises OSError."""
         pauses = iter(() if self._gone else PAUSES)
@@ -165,7 +185,7 @@ class NbdImage:
         """Part from the server; a call under way ends with an error. May be called more than once."""
         self._closing.set()
         self._pool.close()
-        if self.server is not None:
+        if self.server is not None and self._stops_server:
             self.server.stop()
 
 

@@ -113,13 +113,13 @@ def require_binding() -> None:
 class Connection:
     """A connected handle. Not for two threads at once; the caller closes it."""
 
-    def __init__(self, address: Address) -> None:
-        """Connect and shake hands within CONNECT_PATIENCE; raises LostError."""
+    def __init__(self, address: Address, patience: float = CONNECT_PATIENCE) -> None:
+        """Connect and shake hands within `patience` seconds; raises LostError."""
         self._handle: Any = libnbd.NBD()
         try:
             self._configure(address)
             self._handle.aio_connect_uri(address.uri)
-            self._shake_hands(time.monotonic() + CONNECT_PATIENCE)
+            self._shake_hands(time.monotonic() + patience)
             self.facts = self._facts(address)
         except libnbd.Error as error:
             self.close()

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 
 from dirtymap.images import nbd
 
+# Seconds for a connection beyond the first. A server that serves one client at a time (qemu-nbd without
+# --shared) does not refuse a second one, it lets it wait; even then it may say that several are welcome.
+FURTHER_PATIENCE = 3.0
+
 
 class Pool:
     """At most `limit` connections to `address`, made when first needed."""
@@ -37,6 +41,21 @@ class Pool:
             self._give(connection)
 
     def _take(self) -> nbd.Connection:
+        while (connection := self._idle_or_slot()) is None:
+            try:
+                return nbd.Connection(self.address, self._patience())
+            except nbd.LostError:
+                if not self._is_further():
+                    self._forget()
+                    raise
+                self._forget(lower=True)
+            except BaseException:
+                self._forget()
+                raise
+        return connection
+
+    def _idle_or_slot(self) -> nbd.Connection | None:
+        """Return an idle connection, or None when the caller is to make one; waits for either."""
         with self._changed:
             while True:
                 if self._closed:
@@ -45,17 +64,22 @@ class Pool:
                     return self._idle.pop()
                 if self._made < self._limit:
                     self._made += 1
-                    break
+                    return None
                 self._changed.wait()
-        try:
-            return nbd.Connection(self.address)
-        except BaseException:
-            self._forget()
-            raise
 
-    def _forget(self) -> None:
+    def _is_further(self) -> bool:
+        with self._changed:
+            return self._made > 1
+
+    def _patience(self) -> float:
+        return FURTHER_PATIENCE if self._is_further() else nbd.CONNECT_PATIENCE
+
+    def _forget(self, *, lower: bool = False) -> None:
         with self._changed:
             self._made -= 1
+            if lower:
+                # As many as the server takes; the rest of the requests wait for one of these.
+                self._limit = max(1, self._made)
             self._changed.notify()
 
     def _give(self, connection: nbd.Connection) -> None:

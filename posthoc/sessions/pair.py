@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dirtymap import errors, images, units
-from dirtymap.images import base, file, vpc
+from dirtymap.images import base, export, file, vpc
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ def open_pair(
         compared, rounded = _fit(compared, opened.size)
         notes = _size_notes(opened, compared, allow_shrunk=allow_shrunk) + rounded
         reader = opened
-        if isinstance(opened, file.FileImage):
+        if isinstance(opened, file.FileImage | export.NbdImage):
             reader = opened.reader()
-            stack.callback(reader.close)
+            if reader is not opened:
+                stack.callback(reader.close)
         yield Pair(opened, reader, compared, notes)
 
 

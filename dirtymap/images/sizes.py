@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a VHD ("vpc"): a disk made from another is rounded up to whole cylinders.
+"""Sizes that a format or a server rounds up: the same disk, and zeros behind it.
 
     disk      |data                    |
-    vpc       |data                    |zeros|      up to a cylinder of 16 heads and 255 sectors
+    vpc       |data                    |zeros|      a VHD: up to a cylinder of 16 heads and 255 sectors
+    NBD       |data                    |z|          QEMU's servers: up to a sector
 
-Source: block/vpc.c in QEMU ("calculate_geometry"); the disk's own size is not kept anywhere in the file.
+Source for VHD: block/vpc.c in QEMU ("calculate_geometry"); the disk's own size is kept nowhere in the file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from dirtymap import extent, units
 from dirtymap.images import base, export
 
-_CYLINDER = 16 * 255 * 512
+_SECTOR = 512
+_CYLINDER = 16 * 255 * _SECTOR
 
 
 class Cut:
@@ -42,23 +44,25 @@ class Cut:
 def fit(reference: base.Image, size: int) -> tuple[base.Image, str | None]:
     """Return `reference` as that of a live disk of `size` bytes, and what the user should know.
 
-    Only a vpc is cut, by less than a cylinder, and only where what is cut off is zeros. Raises OSError.
+    It is cut by less than a cylinder (vpc) or a sector (other exports), and only where what is cut off
+    is zeros. Raises OSError.
     """
     beyond = reference.size - size
-    if not _is_vpc(reference) or not 0 < beyond < _CYLINDER:
+    if not 0 < beyond < _rounding(reference):
         return reference, None
     tail = bytearray(beyond)
     reference.read_into(size, memoryview(tail))
     if any(tail):
         return reference, None
     note = (
-        f"{reference.name} is {units.describe(beyond)} longer than the live disk, as its format rounds "
-        "sizes: these are zeros and left out"
+        f"{reference.name} is {units.describe(beyond)} longer than the live disk, because sizes "
+        "are rounded up there: these zeros are left out"
     )
     return Cut(reference, size), note
 
 
-def _is_vpc(image: base.Image) -> bool:
-    if not isinstance(image, export.NbdImage) or image.server is None:
-        return False
-    return image.server.layers[0].driver == "vpc"
+def _rounding(image: base.Image) -> int:
+    if not isinstance(image, export.NbdImage):
+        return 0
+    is_vpc = image.server is not None and image.server.layers[0].driver == "vpc"
+    return _CYLINDER if is_vpc else _SECTOR

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dirtymap import errors, images, units
-from dirtymap.images import base, export, file, vpc
+from dirtymap.images import base, export, file, sizes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def open_pair(
 
 def _fit(reference: base.Image, size: int) -> tuple[base.Image, tuple[str, ...]]:
     try:
-        fitted, note = vpc.fit(reference, size)
+        fitted, note = sizes.fit(reference, size)
     except OSError as error:
         raise errors.ImageError(reference.name, errors.reason(error)) from None
     return fitted, () if note is None else (note,)

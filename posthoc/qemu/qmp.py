@@ -117,6 +117,10 @@ class Monitor(Protocol):
     def peer(self) -> Peer | None:
         """QEMU's process, where it can be told."""
 
+    @property
+    def folder(self) -> str | None:
+        """A folder in which this QEMU may surely make sockets and open files; None: nothing is known."""
+
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, within: float = TIMEOUT
     ) -> Any:
@@ -189,6 +193,10 @@ class SocketMonitor:
     @property
     def peer(self) -> Peer | None:
         return self._peer
+
+    @property
+    def folder(self) -> str | None:
+        return None
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, within: float = TIMEOUT

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What posthoc adds to a running QEMU for a while, each thing with its way back.
+
+Names are recognisable, so that the next session finds what a killed one has left (leftovers.py):
+
+    posthoc-TOKEN-server         a node of no bytes: this session may have started the NBD server
+    posthoc-TOKEN-live-N         the export of disk N
+    posthoc-TOKEN-map-N          the node over the carrier of disk N
+    posthoc-TOKEN-for-BITMAP     the recording bitmap, which becomes BITMAP at the end
+    posthoc-TOKEN-copy           a frozen copy of a bitmap, for reading it
+
+Node names have 31 characters at most, bitmap names 1023.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posthoc.qemu import qmp
+from posthoc.qemu import undo as ways_back
+
+NAME = re.compile(r"posthoc-([0-9a-f]{8})-(server|live-\d+|map-\d+|for-.*|copy)", re.DOTALL)
+LONGEST_BITMAP_NAME = 1023 - len("posthoc-01234567-for-")
+# Between two looks at the exports where no event comes (libvirt's monitor).
+_PAUSE = 0.05
+
+Action = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A disk of the VM and the bitmap that it gets. `number` tells the disks of a session apart."""
+
+    number: int
+    node: str
+    bitmap: str
+    granularity: int
+    persistent: bool
+    exists: bool = False  # merged into, not made
+    replaces: bool = False  # an inconsistent one of the same name, which is removed
+
+
+class Attachment:
+    """A session's hold on one QEMU. Every change is planned in `undo` before it is made."""
+
+    def __init__(self, monitor: qmp.Monitor, token: str, undo: ways_back.Undo) -> None:
+        self.monitor = monitor
+        self.undo = undo
+        self._prefix = f"posthoc-{token}-"
+
+    def recording(self, target: Target) -> str:
+        """The name of the recording bitmap of `target`."""
+        return f"{self._prefix}for-{target.bitmap}"
+
+    def export_name(self, target: Target) -> str:
+        """The name and id of the export of `target`."""
+        return f"{self._prefix}live-{target.number}"
+
+    def map_node(self, target: Target) -> str:
+        """The name of the node over the carrier of `target`."""
+        return f"{self._prefix}map-{target.number}"
+
+    async def record(self, targets: Sequence[Target]) -> None:
+        """Begin to record the writes to all disks at one instant."""
+        for target in targets:
+            name = self.recording(target)
+            self.undo.plan(
+                f"remove bitmap {name} of {target.node}",
+                functools.partial(remove_bitmap, node=target.node, name=name),
+            )
+        await self._transaction(
+            _add(target, self.recording(target), persistent=False) for target in targets
+        )
+
+    async def stop_recording(self, targets: Sequence[Target]) -> None:
+        """Remove the recording bitmaps."""
+        for target in targets:
+            await self.undo.take(
+                self.monitor, f"remove bitmap {self.recording(target)} of {target.node}"
+            )
+
+    async def serve(self, socket: str) -> None:
+        """Start QEMU's NBD server on a unix socket; CommandError when it runs for somebody else."""
+        marker = f"{self._prefix}server"
+        self.undo.plan(f"remove node {marker}", functools.partial(remove_node, name=marker))
+        # First, so that the next session knows that this one got as far (leftovers.py).
+        null = {"driver": "null-co", "node-name": marker, "size": 0, "read-only": True}
+        await self.monitor.execute("blockdev-add", {**null, "read-zeroes": True})
+        address = {"type": "unix", "data": {"path": socket}}
+        try:
+            await self.monitor.execute("nbd-server-start", {"addr": address})
+        except qmp.CommandError:
+            raise
+        except BaseException:
+            # Cancelled or timed out, hence perhaps started; refused, it would be another's to stop.
+            self.undo.plan("stop the NBD server", stop_server)
+            raise
+        self.undo.plan("stop the NBD server", stop_server)
+
+    async def stop_serving(self) -> None:
+        """Stop the NBD server."""
+        await self.undo.take(self.monitor, "stop the NBD server")
+        await self.undo.take(self.monitor, f"remove node {self._prefix}server")
+
+    async def export(self, target: Target, bitmaps: Sequence[str] = ()) -> None:
+        """Export the node of `target` read-only; unexport() before closing what reads it."""
+        name = self.export_name(target)
+        self.undo.plan(f"remove export {name}", functools.partial(remove_export, name=name))
+        arguments: dict[str, Any] = {"type": "nbd", "id": name, "name": name}
+        arguments |= {"node-name": target.node, "writable": False}
+        if bitmaps:
+            arguments["bitmaps"] = list(bitmaps)
+        await self.monitor.execute("block-export-add", arguments)
+
+    async def unexport(self, target: Target) -> None:
+        """Take the export away from its clients: they find their sockets closed."""
+        await self.undo.take(self.monitor, f"remove export {self.export_name(target)}")
+
+    async def open_map(self, target: Target, path: str) -> None:
+        """Add a node over the carrier at `path`."""
+        name = self.map_node(target)
+        self.undo.plan(f"remove node {name}", functools.partial(remove_node, name=name))
+        file = {"driver": "file", "filename": path, "read-only": True}
+        arguments = {"driver": "qcow2", "node-name": name, "read-only": True, "file": file}
+        await self.monitor.execute("blockdev-add", arguments)
+
+    async def close_map(self, target: Target) -> None:
+        """Remove the carrier's node; its file may then be removed."""
+        await self.undo.take(self.monitor, f"remove node {self.map_node(target)}")
+
+    async def publish(self, targets: Sequence[Target], carried: str) -> None:
+        """Make the bitmaps that were asked for, in one transaction: all of them or none.
+
+        Each begins to record and then gets what the recording bitmap and the carrier's bitmap `carried`
+        have: at no moment does a bitmap of that name lack a bit. An inconsistent one that is replaced is
+        removed at the last moment, and is not put back: it was worth nothing.
+        """
+        actions: list[Action] = []
+        for target in targets:
+            if target.replaces:
+                # Not in the transaction: there the name would stay taken until its end.
+                await remove_bitmap(self.monitor, target.node, target.bitmap)
+            if not target.exists:
+                actions.append(_add(target, target.bitmap, persistent=target.persistent))
+                self.undo.plan(
+                    f"remove bitmap {target.bitmap} of {target.node}",
+                    functools.partial(remove_bitmap, node=target.node, name=target.bitmap),
+                )
+            sources: list[str | Mapping[str, str]] = [
+                self.recording(target),
+                {"node": self.map_node(target), "name": carried},
+            ]
+            actions.append(_merge(target.node, target.bitmap, sources))
+        try:
+            await self._transaction(actions)
+        except qmp.CommandError:
+            # Nothing was made: a bitmap of that name which appeared meanwhile is somebody else's.
+            self.keep(targets)
+            raise
+
+    def keep(self, targets: Sequence[Target]) -> None:
+        """Leave the bitmaps that publish() made where they are."""
+        for target in targets:
+            if not target.exists:
+                self.undo.forget(f"remove bitmap {target.bitmap} of {target.node}")
+
+    async def copy(self, target: Target) -> str:
+        """Make a frozen copy of the bitmap of `target` and return its name: a recording one cannot be read."""
+        name = f"{self._prefix}copy"
+        self.undo.plan(
+            f"remove bitmap {name} of {target.node}",
+            functools.partial(remove_bitmap, node=target.node, name=name),
+        )
+        add = _add(target, name, persistent=False)
+        add["data"]["disabled"] = True
+        await self._transaction([add, _merge(target.node, name, [target.bitmap])])
+        return name
+
+    async def remove_copy(self, target: Target) -> None:
+        """Remove the frozen copy."""
+        await self.undo.take(self.monitor, f"remove bitmap {self._prefix}copy of {target.node}")
+
+    async def _transaction(self, actions: Iterable[Action]) -> None:
+        await self.monitor.execute("transaction", {"actions": list(actions)})
+
+
+def _add(target: Target, name: str, *, persistent: bool) -> Action:
+    data = {"node": target.node, "name": name, "granularity": target.granularity}
+    return {"type": "block-dirty-bitmap-add", "data": {**data, "persistent": persistent}}
+
+
+def _merge(node: str, name: str, sources: Sequence[str | Mapping[str, str]]) -> Action:
+    data = {"node": node, "target": name, "bitmaps": list(sources)}
+    return {"type": "block-dirty-bitmap-merge", "data": data}
+
+
+# The ways back. Each succeeds where there is nothing to take away.
+
+
+async def remove_bitmap(monitor: qmp.Monitor, node: str, name: str) -> None:
+    """Remove a bitmap if it is there."""
+    await _unless_gone(monitor, "block-dirty-bitmap-remove", {"node": node, "name": name})
+
+
+async def remove_node(monitor: qmp.Monitor, name: str) -> None:
+    """Remove a node if it is there."""
+    await _unless_gone(monitor, "blockdev-del", {"node-name": name})
+
+
+async def stop_server(monitor: qmp.Monitor) -> None:
+    """Stop the NBD server if it runs."""
+    await _unless_gone(monitor, "nbd-server-stop", {})
+
+
+async def remove_export(monitor: qmp.Monitor, name: str) -> None:
+    """Remove an export if it is there, its clients first, and wait until QEMU has let go of it.
+
+    mode=hard closes the connections from QEMU's side: below 9.0 a client that goes by itself takes a VM
+    with an iothread along. An export that is going keeps its bitmaps busy for a moment more.
+    """
+    with monitor.listen("BLOCK_EXPORT_DELETED") as deleted:
+        await _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
+        while name in [entry["id"] for entry in await monitor.execute("query-block-exports")]:
+            await deleted.wait(_PAUSE)
+
+
+# What QEMU says of something that is not there: GenericError with one of these texts (7.2 to 10.0).
+_GONE = re.compile(
+    r"Dirty bitmap '.*' not found|Node '.*' not found|Failed to find node with node-name="
+    r"|Export '.*' is not found|NBD server not running",
+    re.DOTALL,
+)
+
+
+async def _unless_gone(monitor: qmp.Monitor, command: str, arguments: Mapping[str, Any]) -> None:
+    try:
+        await monitor.execute(command, arguments)
+    except qmp.CommandError as error:
+        if not _GONE.search(error.description):
+            raise

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running QEMU has: its nodes with their bitmaps, its devices, and whether a reader endangers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dirtymap import errors
+from posthoc.qemu import qmp
+
+# The first version in which an NBD client of a disk in an iothread may go without taking the VM along.
+SAFE_VERSION = qmp.Version(9, 0, 0)
+
+
+@dataclass(frozen=True)
+class DirtyBitmap:
+    """A node's bitmap as query-named-block-nodes shows it; granularity in bytes, count in dirty bytes."""
+
+    name: str
+    granularity: int
+    count: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool
+
+
+@dataclass(frozen=True)
+class Node:
+    """A block node. `size` is bytes as QEMU counts them: whole sectors of 512."""
+
+    name: str
+    driver: str
+    size: int
+    read_only: bool
+    filename: str
+    compat: str | None  # of a qcow2: "0.10" or "1.1"
+    bitmaps: tuple[DirtyBitmap, ...]
+
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Whether a persistent bitmap can be added (QEMU: "Can't store persistent bitmaps" if not)."""
+        return self.driver == "qcow2" and self.compat != "0.10" and not self.read_only
+
+    def bitmap(self, name: str) -> DirtyBitmap | None:
+        """Return the bitmap of that name."""
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+
+async def nodes(monitor: qmp.Monitor) -> dict[str, Node]:
+    """Return every named node by name."""
+    found = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return {node["node-name"]: _node(node) for node in found}
+
+
+def _node(facts: dict[str, Any]) -> Node:
+    image = facts["image"]
+    specific = image.get("format-specific", {}).get("data", {})
+    return Node(
+        name=facts["node-name"],
+        driver=facts["drv"],
+        size=image["virtual-size"],
+        read_only=facts["ro"],
+        filename=image["filename"],
+        compat=specific.get("compat") if facts["drv"] == "qcow2" else None,
+        bitmaps=tuple(_bitmap(bitmap) for bitmap in facts.get("dirty-bitmaps", ())),
+    )
+
+
+def _bitmap(facts: dict[str, Any]) -> DirtyBitmap:
+    return DirtyBitmap(
+        name=facts.get("name", ""),
+        granularity=facts["granularity"],
+        count=facts["count"],
+        recording=facts["recording"],
+        busy=facts["busy"],
+        persistent=facts["persistent"],
+        inconsistent=facts.get("inconsistent", False),
+    )
+
+
+async def devices(monitor: qmp.Monitor) -> dict[str, str]:
+    """Return the top node of each device that has a medium, by the device's QOM path or name.
+
+    qemu-storage-daemon has no devices, nor the command.
+    """
+    try:
+        blocks = await monitor.execute("query-block")
+    except qmp.CommandError as error:
+        if error.error_class == "CommandNotFound":
+            return {}
+        raise
+    return {
+        block.get("qdev") or block["device"]: block["inserted"]["node-name"]
+        for block in blocks
+        if block.get("inserted", {}).get("node-name")
+    }
+
+
+async def node_of_device(monitor: qmp.Monitor, device: str) -> str:
+    """Return the node that the guest sees as `device`: an id, a QOM path or an old drive's name."""
+    found = await devices(monitor)
+    matches = {node for path, node in found.items() if device == path or device in path.split("/")}
+    if len(matches) == 1:
+        return matches.pop()
+    known = ", ".join(sorted(found)) or "none"
+    raise errors.UserError(
+        f"{device}: no device of {monitor.name} with a medium is called so (there are: {known})"
+    )
+
+
+async def iothread_danger(monitor: qmp.Monitor, node: str) -> bool:
+    """Return whether QEMU may abort when an NBD client of `node` goes.
+
+    QEMU below 9.0 asserts in nbd_blockdev_client_closed when the node is served in an iothread. Where
+    that cannot be ruled out, it is a danger.
+    """
+    if monitor.version >= SAFE_VERSION or not await _has_iothreads(monitor):
+        return False
+    of_node = [path for path, name in (await devices(monitor)).items() if name == node]
+    return not of_node or not all([await _in_main_thread(monitor, path) for path in of_node])
+
+
+async def _has_iothreads(monitor: qmp.Monitor) -> bool:
+    """Objects, not query-iothreads: qemu-storage-daemon has no such command."""
+    try:
+        objects = await monitor.execute("qom-list", {"path": "/objects"})
+    except qmp.CommandError as error:
+        if error.error_class == "DeviceNotFound":
+            return False
+        raise
+    return any(entry["type"] == "child<iothread>" for entry in objects)
+
+
+async def _in_main_thread(monitor: qmp.Monitor, device: str) -> bool:
+    """Whether the device says of itself that it has no iothread; SCSI disks do not say."""
+    try:
+        thread = await monitor.execute("qom-get", {"path": device, "property": "iothread"})
+    except qmp.CommandError:
+        return False
+    return bool(thread == "")

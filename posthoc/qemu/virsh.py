@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A libvirt domain's QEMU, through virsh.
+
+libvirt keeps the only monitor to itself and passes commands on (`virsh qemu-monitor-command`); events do
+not come through. What is left to libvirt is what it must know of: a checkpoint's registration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+import trio
+
+from dirtymap import errors
+from posthoc.qemu import qmp
+
+# Between two looks whether the domain still runs.
+_LOOK = 2.0
+# libvirt's driver gives each domain a folder; its secret key lies in it and is on QEMU's command line.
+_DOMAIN_FOLDER = re.compile(r"""[=:]"?(/[^",]+)/master-key\.aes""")
+
+
+class PausingListener:
+    """Where no events come, waiting is sleeping."""
+
+    async def wait(self, seconds: float) -> None:
+        """Return after `seconds`."""
+        await trio.sleep(seconds)
+
+
+class Domain:
+    """A domain of libvirt's: a Monitor, its disks, its checkpoints. Made by `connect`."""
+
+    def __init__(self, name: str, uri: str | None) -> None:
+        self._name = name
+        self._uri = uri
+        self._version = qmp.Version(0, 0, 0)
+        self._command_line = ""
+        self._peer: qmp.Peer | None = None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> qmp.Version:
+        return self._version
+
+    @property
+    def peer(self) -> qmp.Peer | None:
+        return self._peer
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that libvirt made for this domain, which its QEMU may use; None if not known."""
+        match = _DOMAIN_FOLDER.search(self._command_line)
+        return match[1] if match and os.path.isdir(match[1]) else None
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        within: float = qmp.TIMEOUT,
+    ) -> Any:
+        """Carry out a QMP command; see qmp.Monitor."""
+        message: dict[str, Any] = {"execute": command}
+        if arguments:
+            message["arguments"] = dict(arguments)
+        words = ["qemu-monitor-command", self._name, json.dumps(message)]
+        # A virsh that was killed may have sent the command or not, and libvirt may carry it out after a
+        # later one: it is never killed before its time is up.
+        with trio.move_on_after(within, shield=True) as scope:
+            result = await self.run(*words)
+        if scope.cancelled_caught:
+            raise qmp.TimeoutError(command, within)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if result.returncode != 0:
+            raise qmp.Disconnected(f"domain {self._name}: {_said(result)} (at {command})")
+        try:
+            reply = json.loads(result.stdout)
+            if "error" not in reply:
+                return reply["return"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise qmp.ProtocolError(
+                f"domain {self._name}: not QMP: {result.stdout[:60]!r}"
+            ) from error
+        raise qmp.CommandError(command, arguments, reply)
+
+    @contextlib.contextmanager
+    def listen(self, *events: str) -> Iterator[PausingListener]:
+        """Return what waits by sleeping."""
+        yield PausingListener()
+
+    async def wait_lost(self) -> qmp.MonitorError:
+        """Return once the domain has stopped."""
+        while True:
+            await trio.sleep(_LOOK)
+            if (await self.run("domid", self._name)).stdout.strip() in ("", "-"):
+                return qmp.Disconnected(f"domain {self._name}: is not running any more")
+
+    async def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run `virsh WORDS...`; UserError when there is no virsh."""
+        virsh = os.environ.get("POSTHOC_VIRSH", "virsh")
+        command = [virsh, *(["--connect", self._uri] if self._uri else []), "--quiet", *words]
+        try:
+            raw = await trio.run_process(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                env={**os.environ, "LC_ALL": "C"},
+            )
+        except OSError as error:
+            raise errors.ToolError(command, errors.reason(error)) from error
+        return subprocess.CompletedProcess(
+            command, raw.returncode, raw.stdout.decode(), raw.stderr.decode()
+        )
+
+    async def disks(self) -> dict[str, str]:
+        """Return the device's id by target ("vda") of every disk."""
+        xml = ElementTree.fromstring(await self._ask("dumpxml", self._name))
+        found = {}
+        for disk in xml.iterfind("./devices/disk"):
+            target, alias = disk.find("target"), disk.find("alias")
+            if target is not None and alias is not None:
+                found[target.attrib["dev"]] = alias.attrib["name"]
+        return found
+
+    async def device_of(self, target: str) -> str:
+        """Return the id of the device that is `target` ("vda"); UserError if there is none."""
+        disks = await self.disks()
+        if target not in disks:
+            known = ", ".join(sorted(disks)) or "none"
+            raise errors.UserError(
+                f"{target}: domain {self._name} has no such disk (it has: {known})"
+            )
+        return disks[target]
+
+    async def register_checkpoint(self, name: str, targets: Sequence[str]) -> None:
+        """Tell libvirt of the bitmap `name` of the disks `targets` as a checkpoint.
+
+        It must be there, persistent and recording, and named like the checkpoint ("virsh
+        checkpoint-create --redefine"; libvirt's formatcheckpoint).
+        """
+        root = ElementTree.Element("domaincheckpoint")
+        ElementTree.SubElement(root, "name").text = name
+        ElementTree.SubElement(root, "creationTime").text = str(int(time.time()))
+        disks = ElementTree.SubElement(root, "disks")
+        for target in sorted(await self.disks()):
+            recorded = {"checkpoint": "bitmap", "bitmap": name}
+            attributes = recorded if target in targets else {"checkpoint": "no"}
+            ElementTree.SubElement(disks, "disk", {"name": target, **attributes})
+        with tempfile.NamedTemporaryFile("w", suffix=".xml") as file:
+            file.write(ElementTree.tostring(root, "unicode"))
+            file.flush()
+            await self._ask("checkpoint-create", self._name, file.name, "--redefine")
+
+    async def has_checkpoint(self, name: str) -> bool:
+        """Return whether the domain has a checkpoint of that name."""
+        listed = await self._ask("checkpoint-list", self._name, "--name")
+        return name in listed.split("\n")
+
+    async def _ask(self, *words: str) -> str:
+        result = await self.run(*words)
+        if result.returncode != 0:
+            raise errors.UserError(f"virsh {words[0]} {self._name}: {_said(result)}")
+        return result.stdout
+
+    async def _look(self) -> None:
+        """Fill in what does not change while the domain runs."""
+        if (await self._ask("domid", self._name)).strip() in ("", "-"):
+            raise errors.UserError(f"domain {self._name} does not run: posthoc diff is for it")
+        numbers = (await self.execute("query-version"))["qemu"]
+        self._version = qmp.Version(numbers["major"], numbers["minor"], numbers["micro"])
+        uuid = (await self._ask("domuuid", self._name)).strip()
+        if (found := _process_of(uuid)) is not None:
+            self._peer, self._command_line = found
+
+
+def _said(result: subprocess.CompletedProcess[str]) -> str:
+    """Return virsh's error as one line."""
+    return " ".join(result.stderr.split()).removeprefix("error: ") or f"exit {result.returncode}"
+
+
+def _process_of(uuid: str) -> tuple[qmp.Peer, str] | None:
+    """Find the QEMU process of a domain by the uuid on its command line."""
+    for folder in pathlib.Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if uuid in words and (owner := qmp.process_owner(int(folder.name))) is not None:
+                return owner, " ".join(words)
+    return None
+
+
+@contextlib.asynccontextmanager
+async def connect(name: str, uri: str | None = None) -> AsyncIterator[Domain]:
+    """Reach the running domain `name` at libvirt's `uri` (None: virsh's default). Raises UserError."""
+    domain = Domain(name, uri)
+    await domain._look()
+    yield domain

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `attach` was asked for, and everything that is looked at before a running QEMU is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import trio
+
+from dirtymap import errors, images, units
+from dirtymap.images import base, file
+from dirtymap.qcow2 import carrier
+from posthoc.qemu import attachment, leftovers, qmp, survey, virsh
+from scanner import scan
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A bitmap for one disk, which is named by its node, by its device, or as libvirt's target."""
+
+    disk: str
+    reference: str
+    bitmap: str
+    by: Literal["node", "device", "target"] = "node"
+
+
+@dataclass(frozen=True)
+class Request:
+    """`posthoc attach`'s arguments. Sizes are bytes, the rate bytes a second."""
+
+    wishes: tuple[Wish, ...]
+    granularity: int = units.DEFAULT_GRANULARITY
+    transient: bool = False
+    checkpoint: bool = False
+    merge: bool = False
+    replace: bool = False
+    keep_on_failure: bool = False
+    accept_iothread_risk: bool = False
+    reference_side_only: bool = False
+    rate: int | None = None
+    workers: int = scan.WORKERS
+    read_all: bool = False
+    allow_shrunk: bool = False
+    directory: str | None = None
+    nbd_server: str | None = None
+    options: images.Options = field(default_factory=images.Options)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A wish that can be fulfilled; `notes` are for the user. `left` is of the whole QEMU."""
+
+    target: attachment.Target
+    node: survey.Node
+    reference: base.Image
+    notes: tuple[str, ...]
+    left: leftovers.Leftovers
+
+
+async def examine(
+    monitor: qmp.Monitor, request: Request, stack: contextlib.AsyncExitStack
+) -> list[Disk]:
+    """Return the disks of `request`; nothing is changed. References are closed with `stack`.
+
+    Raises UserError for everything that would not go well.
+    """
+    left = await leftovers.find(monitor, directory(monitor, request))
+    nodes = await survey.nodes(monitor)
+    tops = set((await survey.devices(monitor)).values())
+    disks: list[Disk] = []
+    for number, wish in enumerate(request.wishes):
+        node = await _node(monitor, wish, nodes)
+        if any(node.name == disk.node.name for disk in disks):
+            raise errors.UserError(f"{wish.disk}: the same disk is named twice")
+        _check_name(wish.bitmap)
+        target = _target(number, wish, node, request, left)
+        carrier.layout(node.size, target.granularity)  # what no carrier can hold is said now
+        await _check_reading(monitor, node, request)
+        reference = await trio.to_thread.run_sync(
+            lambda wish=wish: images.open_reference(wish.reference, options=request.options)  # type: ignore[misc]
+        )
+        stack.callback(reference.close)
+        notes = [*_size_notes(node, reference, request), *_notes(target, node, tops)]
+        disks.append(Disk(target, node, reference, tuple(notes), left))
+    return disks
+
+
+def directory(monitor: qmp.Monitor, request: Request) -> str | None:
+    """Return the folder that the private one is made in; None is the one for temporary files."""
+    return request.directory or monitor.folder
+
+
+async def _node(monitor: qmp.Monitor, wish: Wish, nodes: dict[str, survey.Node]) -> survey.Node:
+    name = wish.disk
+    if wish.by == "target":
+        assert isinstance(monitor, virsh.Domain)
+        name = await monitor.device_of(name)
+    if wish.by != "node":
+        name = await survey.node_of_device(monitor, name)
+    if name not in nodes:
+        known = ", ".join(sorted(name for name in nodes if not name.startswith("#")))
+        raise errors.UserError(f"{name}: {monitor.name} has no such node (it has: {known})")
+    return nodes[name]
+
+
+def _check_name(name: str) -> None:
+    if not name or len(name.encode()) > attachment.LONGEST_BITMAP_NAME:
+        raise errors.UserError(
+            f"a bitmap's name has 1 to {attachment.LONGEST_BITMAP_NAME} bytes: {name[:40]!r}"
+        )
+    if attachment.NAME.fullmatch(name):
+        raise errors.UserError(f"{name}: names like this one are posthoc's own, for a while")
+
+
+def _target(
+    number: int,
+    wish: Wish,
+    node: survey.Node,
+    request: Request,
+    left: leftovers.Leftovers,
+) -> attachment.Target:
+    """Return what is to be made of the bitmap of that name, or say why it cannot be."""
+    there = node.bitmap(wish.bitmap)
+    what = f"bitmap {wish.bitmap} of {node.name}"
+    target = attachment.Target(
+        number,
+        node.name,
+        wish.bitmap,
+        request.granularity,
+        persistent=node.stores_bitmaps and not request.transient,
+    )
+    if request.checkpoint and not target.persistent:
+        raise errors.UserError(
+            f"{node.name} ({node.driver}) cannot hold a persistent bitmap, which a checkpoint needs"
+        )
+    if there is None:
+        return target
+    if there.inconsistent:
+        if not request.replace:
+            raise errors.UserError(
+                f"{what} is inconsistent: QEMU or its host went down while it recorded, and it is worth "
+                "nothing; --replace makes it anew"
+            )
+        return replace(target, replaces=True)
+    # A killed session that was making this very bitmap has made it whole or not at all: adding to it
+    # what differs now is right.
+    if not request.merge and not left.was_becoming(node.name, wish.bitmap):
+        raise errors.UserError(
+            f"{what} exists and is good: --merge adds the difference to it, or name another"
+        )
+    if there.busy:
+        raise errors.UserError(f"{what} is in use (a job, an export): end that first")
+    if not there.recording:
+        raise errors.UserError(
+            f"{what} does not record: enable it (block-dirty-bitmap-enable) before it is of use"
+        )
+    return replace(target, exists=True, persistent=there.persistent)
+
+
+async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Request) -> None:
+    """Refuse where the way of reading is impossible or a danger to the VM."""
+    if request.reference_side_only:
+        _check_beside(node)
+    elif not request.accept_iothread_risk and await survey.iothread_danger(monitor, node.name):
+        raise errors.UserError(
+            f"{node.name}: QEMU {monitor.version} aborts the VM when a reader of a disk in an iothread goes "
+            f"away (mended in {survey.SAFE_VERSION.major}.{survey.SAFE_VERSION.minor}): "
+            "--reference-side-only reads a raw disk's file instead; --accept-iothread-risk makes "
+            "QEMU close the connection first, which is safe unless posthoc is killed"
+        )
+
+
+def _check_beside(node: survey.Node) -> None:
+    if node.driver not in ("raw", "file", "host_device"):
+        raise errors.UserError(
+            f"{node.name} is {node.driver}: only a raw disk can be read beside its QEMU"
+        )
+    with contextlib.closing(_open_raw(node)) as image:
+        if carrier.virtual_size(image.size) != node.size:
+            raise errors.UserError(
+                f"{node.name} is not the whole of {node.filename} (an offset or a size is set): it "
+                "cannot be read beside its QEMU"
+            )
+
+
+def open_beside(disk: Disk) -> base.Image:
+    """Open the raw file of a disk for reading while QEMU has it. The caller closes it."""
+    return _open_raw(disk.node)
+
+
+def _open_raw(node: survey.Node) -> file.FileImage:
+    """Without QEMU's locks, which would refuse: that QEMU writes is known, and recorded."""
+    try:
+        descriptor = os.open(node.filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise errors.ImageError(
+            node.filename, f"cannot be read beside QEMU: {errors.reason(error)}"
+        ) from error
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    return file.FileImage(node.filename, descriptor, size, writable=False)
+
+
+def _size_notes(node: survey.Node, reference: base.Image, request: Request) -> Sequence[str]:
+    # QEMU counts in sectors: up to one of them is no difference.
+    missing = carrier.virtual_size(reference.size) - node.size
+    if missing > 0 and not request.allow_shrunk:
+        raise errors.ImageError(
+            node.name,
+            f"is {units.describe(missing)} shorter than {reference.name}: "
+            "--allow-shrunk compares what it has",
+        )
+    if missing > 0:
+        return [f"{node.name} is {units.describe(missing)} shorter than {reference.name}"]
+    if missing < 0:
+        return [
+            f"{reference.name} is {units.describe(-missing)} shorter than {node.name}: "
+            "the rest is compared with zeros"
+        ]
+    return []
+
+
+def _notes(target: attachment.Target, node: survey.Node, tops: set[str]) -> Sequence[str]:
+    notes = []
+    if tops and node.name not in tops:
+        notes.append(
+            f"{node.name} is not the node that a device of the guest uses: writes that do not pass "
+            "through it are not recorded"
+        )
+    if not target.persistent and not node.stores_bitmaps:
+        notes.append(
+            f"{node.name} ({node.driver}) holds no persistent bitmap: this one is lost when QEMU ends"
+        )
+    return notes

@@ -6,7 +6,7 @@ image open for writing, every persistent bitmap in it is marked as in use, and a
 beside the old ones, when it closes. If that fails, none of them is valid any more. So
 
 1. look first: locked? sound? the same size? the name free? room enough for all of it?
-2. keep a copy of every bitmap that is there;
+2. keep a copy of every bitmap that is there, and room to put them back;
 3. let qemu-img add (replace) and merge in one go;
 4. read back what it holds and compare;
 5. should any of this fail, remove what was added and put back from the copies what was lost.
@@ -23,6 +23,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from dirtymap.qcow2 import format as qcow2
 from posthoc.qemu import qemu_img
 
 # For the bitmap directory, and refcount blocks and tables that have to grow.
-_SLACK = 8 * units.MIB
+_SLACK = 2 * units.MIB
 
 
 def install(dirty: bitmap.Bitmap, path: str, name: str, *, replace: bool = False) -> None:
@@ -47,14 +48,14 @@ def install(dirty: bitmap.Bitmap, path: str, name: str, *, replace: bool = False
         raise errors.ImageError(
             path, f"has a bitmap {name!r} already: name another, or say --replace"
         )
-    _check_room(dirty, path, info)
-    with _copies(path) as copies:
+    with _reserve(path, _check_room(dirty, path, info)) as reserve, _copies(path) as copies:
         source = os.path.join(copies.folder, "map.qcow2")
         carrier.write(source, dirty, name)
         try:
             _merge(source, dirty, path, name, remove=name in info.bitmaps)
             _verify(dirty, path, name)
         except BaseException as error:
+            reserve.close()  # gives its room back
             _roll_back(path, name, copies, error)
             raise
 
@@ -125,30 +126,57 @@ def _disk_size(disk: str) -> int:
         raise errors.ImageError(disk, errors.reason(error)) from error
 
 
-def _check_room(dirty: bitmap.Bitmap, path: str, info: qemu_img.Info) -> None:
+def _check_room(dirty: bitmap.Bitmap, path: str, info: qemu_img.Info) -> int:
     """Refuse where the new bitmap, and all others stored anew beside themselves, may not fit.
 
     The worst case, every cluster stored, is counted. It also checks the metadata: clusters taken by
-    wrong refcounts would be somebody else's.
+    wrong refcounts would be somebody else's. Return the bytes that putting the others back may need.
     """
     found = qemu_img.check(path)
     if found.corruptions:
         raise errors.ImageError(
             path, f"is damaged ({found.corruptions} errors): qemu-img check -r all may repair it"
         )
-    granularities = [dirty.granularity] + [
-        there.granularity for there in carrier.names(path) if not there.inconsistent
-    ]
-    needed = _SLACK + sum(
-        _stored(info.virtual_size, granularity, info.cluster_size) for granularity in granularities
+
+    def stored(granularity: int) -> int:
+        return _stored(info.virtual_size, granularity, info.cluster_size)
+
+    others = _SLACK + sum(
+        stored(there.granularity) for there in carrier.names(path) if not there.inconsistent
     )
+    needed = 2 * others + stored(dirty.granularity)
     free = _free(path, found.end)
     if needed > free:
         raise errors.ImageError(
             path,
-            f"has not enough room beside it: {units.human(needed)} may be needed for its bitmaps, "
+            f"has not enough room to grow: {units.human(needed)} may be needed for its bitmaps, "
             f"{units.human(free)} are free",
         )
+    return others
+
+
+def _reserve(path: str, length: int) -> IO[bytes]:
+    """A nameless file beside the image that holds `length` bytes of room until it is closed.
+
+    Should somebody else fill the file system while QEMU writes, what QEMU then loses can be put back.
+    Only a block device's room cannot be taken by others. The caller closes it. Raises ImageError.
+    """
+    try:
+        on_device = stat.S_ISBLK(os.stat(path).st_mode)
+        reserve = tempfile.TemporaryFile(  # noqa: SIM115 (the caller closes it)
+            dir=None if on_device else os.path.dirname(os.path.abspath(path))
+        )
+        try:
+            if not on_device:
+                os.posix_fallocate(reserve.fileno(), 0, length)
+        except BaseException:
+            reserve.close()
+            raise
+    except OSError as error:
+        raise errors.ImageError(
+            path, f"cannot reserve {units.human(length)} beside it: {errors.reason(error)}"
+        ) from error
+    return reserve
 
 
 def _stored(size: int, granularity: int, cluster_size: int) -> int:

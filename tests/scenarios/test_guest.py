@@ -107,6 +107,7 @@ def test_guest_writes_while_its_disk_is_scanned(
             running.wait()
         command.control(mountpoint, "rate 1G")
         status = command.until_state(mountpoint, "complete", "failed", "cancelled")
+        assert status["datapath"].startswith(datapath)
         assert status["state"] == "complete"
         assert status["written"] > 0
     qemu.fsck_ext4(live)

@@ -55,6 +55,7 @@ def scanned_meanwhile(
         yield mountpoint / "disk"
         command.control(mountpoint, "rate 1G")
         status = command.until_state(mountpoint, "complete", "failed", "cancelled")
+        assert status["datapath"].startswith(datapath)
         assert status["state"] == "complete"
         assert not status["errors"]
     judge(carrier, live, reference, status["written"])

@@ -52,7 +52,7 @@ class Reader:
 
     def _one_by_one(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
         step = self._granularity
-        if self._hashed is not None and kind is plan.Kind.COMPARE:
+        if self._hashed is not None and kind is not plan.Kind.LIVE:
             step = max(step, self._hashed.granularity)
         masks = []
         for at in range(start, start + length, step):
@@ -78,7 +78,7 @@ class Reader:
 
     def _needed(self, kind: plan.Kind) -> tuple[str, ...]:
         if kind is plan.Kind.REFERENCE:
-            return (REFERENCE,)
+            return () if self._hashed is not None else (REFERENCE,)
         if kind is plan.Kind.LIVE or self._hashed is not None:
             return (LIVE,)
         return (LIVE, REFERENCE)
@@ -104,6 +104,9 @@ class Reader:
         if kind is plan.Kind.LIVE:
             return compare.nonzero(live, self._granularity)
         if self._hashed is not None:
+            if kind is plan.Kind.REFERENCE:
+                # The live disk is known to be zero here: its hash need not wait for a read.
+                live[:] = 0
             return self._compare_hashes(self._hashed, start, live)
         if kind is plan.Kind.REFERENCE:
             return compare.nonzero(reference, self._granularity)

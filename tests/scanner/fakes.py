@@ -105,8 +105,14 @@ class Gate:
             self._condition.notify_all()
 
 
+def scan_threads() -> list[str]:
+    """Return the names of the scanner's threads; one that has told its end may take a moment more."""
+    names = (thread.name for thread in threading.enumerate())
+    return [name for name in names if name.startswith("scan-")]
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Return when `condition()` is true; trio.TooSlowError if that does not happen."""
     with trio.fail_after(PATIENCE):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (threads change what is waited for)
             await trio.sleep(0.001)

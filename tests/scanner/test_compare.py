@@ -84,9 +84,8 @@ def test_many_threads_compare_at_once() -> None:
     def work(number: int) -> None:
         a, b = compare.buffer(1 << 20), compare.buffer(1 << 20)
         b[number * 4096] = 1
-        for _ in range(20):
-            if compare.differing(a, b, 4096).nonzero()[0].tolist() != [number]:
-                wrong.append(number)
+        found = [compare.differing(a, b, 4096).nonzero()[0].tolist() for _ in range(20)]
+        wrong.extend(number for segments in found if segments != [number])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:

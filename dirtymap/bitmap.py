@@ -194,8 +194,16 @@ class Bitmap:
         if granularity < self.granularity:
             raise ValueError(f"{granularity} is finer than {self.granularity}")
         coarse = Bitmap(self.size, granularity)
-        for run in self.extents():
-            coarse.set_range(run.start, run.length)
+        factor = granularity // self.granularity
+        # Whole coarse segments at a time: a map of many short runs takes no longer than another.
+        step = max(_WINDOW, factor)
+        for first in range(0, self.segments, step):
+            bits = self.unpack(first, min(step, self.segments - first))
+            missing = -len(bits) % factor  # of the last coarse segment, beyond the disk's end
+            bits = np.concatenate((bits, np.zeros(missing, np.bool_)))
+            coarse.set_where(
+                first // factor, np.logical_or.reduce(bits.reshape(-1, factor), axis=1)
+            )
         return coarse
 
     def count(self) -> int:

@@ -145,6 +145,16 @@ def test_a_coarser_map_covers_the_finer_one(
     }
 
 
+def test_a_large_map_is_coarsened_across_the_windows() -> None:
+    """Segments beside the borders of what is looked at at once, and the last, partial one."""
+    bits = bitmap.Bitmap((3 << 20) * 512 + 1, 512)
+    for segment in (0, (1 << 20) - 1, 1 << 20, (2 << 20) + 127, 3 << 20):
+        bits.set(segment)
+    coarse = bits.coarsened(65536)
+    assert [first for first, _ in coarse.runs()] == [0, 8191, 16384, 24576]
+    assert coarse.count() == 5
+
+
 def test_long_runs_cross_the_search_windows() -> None:
     bits = bitmap.Bitmap((3 << 20) * 512, 512)
     bits.set(5, 2 << 20)

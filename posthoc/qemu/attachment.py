@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posthoc.qemu import qmp
+from posthoc.qemu import qmp, survey
 from posthoc.qemu import undo as ways_back
 
 NAME = re.compile(r"posthoc-([0-9a-f]{8})-(server|live-\d+|map-\d+|for-.*|copy)", re.DOTALL)
@@ -224,7 +224,7 @@ async def remove_export(monitor: qmp.Monitor, name: str) -> None:
     """
     with monitor.listen("BLOCK_EXPORT_DELETED") as deleted:
         await _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
-        while name in [entry["id"] for entry in await monitor.execute("query-block-exports")]:
+        while name in await survey.exports(monitor):
             await deleted.wait(_PAUSE)
 
 

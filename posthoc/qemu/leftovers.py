@@ -33,7 +33,7 @@ class Leftovers:
 
 async def find(monitor: qmp.Monitor, parent: str | None) -> Leftovers:
     """Return what is left of killed sessions; UserError when a living one is at work on this QEMU."""
-    exports = [entry["id"] for entry in await monitor.execute("query-block-exports")]
+    exports = await survey.exports(monitor)
     nodes = await survey.nodes(monitor)
     bitmaps = [(node.name, bitmap.name) for node in nodes.values() for bitmap in node.bitmaps]
     found = Leftovers(

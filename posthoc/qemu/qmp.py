@@ -76,6 +76,15 @@ class Disconnected(MonitorError):  # noqa: N818 - a state as much as an error
     """QEMU exited or closed its monitor."""
 
 
+@contextlib.contextmanager
+def understanding(command: str) -> Iterator[None]:
+    """Turn stumbling over the shape of what `command` returned into a ProtocolError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"QEMU's answer to {command} is none that is known") from error
+
+
 class Version(NamedTuple):
     """QEMU's version; compares as a tuple."""
 

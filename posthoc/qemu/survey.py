@@ -51,7 +51,8 @@ class Node:
 async def nodes(monitor: qmp.Monitor) -> dict[str, Node]:
     """Return every named node by name."""
     found = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return {node["node-name"]: _node(node) for node in found}
+    with qmp.understanding("query-named-block-nodes"):
+        return {node["node-name"]: _node(node) for node in found}
 
 
 def _node(facts: dict[str, Any]) -> Node:
@@ -91,11 +92,19 @@ async def devices(monitor: qmp.Monitor) -> dict[str, str]:
         if error.error_class == "CommandNotFound":
             return {}
         raise
-    return {
-        block.get("qdev") or block["device"]: block["inserted"]["node-name"]
-        for block in blocks
-        if block.get("inserted", {}).get("node-name")
-    }
+    with qmp.understanding("query-block"):
+        return {
+            block.get("qdev") or block["device"]: block["inserted"]["node-name"]
+            for block in blocks
+            if block.get("inserted", {}).get("node-name")
+        }
+
+
+async def exports(monitor: qmp.Monitor) -> list[str]:
+    """Return the id of every export."""
+    found = await monitor.execute("query-block-exports")
+    with qmp.understanding("query-block-exports"):
+        return [entry["id"] for entry in found]
 
 
 async def node_of_device(monitor: qmp.Monitor, device: str) -> str:
@@ -130,7 +139,8 @@ async def _has_iothreads(monitor: qmp.Monitor) -> bool:
         if error.error_class == "DeviceNotFound":
             return False
         raise
-    return any(entry["type"] == "child<iothread>" for entry in objects)
+    with qmp.understanding("qom-list"):
+        return any(entry["type"] == "child<iothread>" for entry in objects)
 
 
 async def _in_main_thread(monitor: qmp.Monitor, device: str) -> bool:

@@ -181,8 +181,10 @@ class Domain:
         """Fill in what does not change while the domain runs."""
         if (await self._ask("domid", self._name)).strip() in ("", "-"):
             raise errors.UserError(f"domain {self._name} does not run: posthoc diff is for it")
-        numbers = (await self.execute("query-version"))["qemu"]
-        self._version = qmp.Version(numbers["major"], numbers["minor"], numbers["micro"])
+        answer = await self.execute("query-version")
+        with qmp.understanding("query-version"):
+            numbers = answer["qemu"]
+            self._version = qmp.Version(numbers["major"], numbers["minor"], numbers["micro"])
         uuid = (await self._ask("domuuid", self._name)).strip()
         if (found := _process_of(uuid)) is not None:
             self._peer, self._command_line = found

@@ -190,8 +190,9 @@ class Session:
             if recorded and self.request.keep_on_failure:
                 await self._keep_everything()
             raise
-        self.qemu.keep(self.targets)
+        # Last: as long as the recording bitmap is there, the next session knows whose the other is.
         await self.qemu.stop_recording(self.targets)
+        self.qemu.keep(self.targets)
         _done("ended")
         return [
             Outcome(disk, scanned.statistics(), dirty, count)

@@ -79,23 +79,24 @@ class HashedMemory(MemoryImage):
 
 
 class Gate:
-    """Holds reading threads up: as an image's `before` it lets `permits` reads pass, then they wait."""
+    """Holds reading threads up, first come first served: an image's `before` that lets `permits` reads pass."""
 
-    def __init__(self, permits: int = 0) -> None:
+    def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._permits: float = permits
-        self.waiting = 0
+        self._permits: float = 0
+        self._arrived = 0
         self.passed = 0
+
+    @property
+    def waiting(self) -> int:
+        return self._arrived - self.passed
 
     def __call__(self, start: int, length: int) -> None:
         del start, length
         with self._condition:
-            self.waiting += 1
-            try:
-                assert self._condition.wait_for(lambda: self._permits > 0, PATIENCE)
-            finally:
-                self.waiting -= 1
-            self._permits -= 1
+            ticket = self._arrived
+            self._arrived += 1
+            assert self._condition.wait_for(lambda: ticket < self._permits, PATIENCE)
             self.passed += 1
 
     def let(self, permits: float) -> None:

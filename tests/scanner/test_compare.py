@@ -13,13 +13,13 @@ from scanner import compare
 GRANULARITIES = [512 << bits for bits in range(13)]
 
 
-def array(content: bytes) -> compare.Bytes:
+def array(content: bytes | bytearray) -> compare.Bytes:
     made = compare.buffer(max(len(content), 1))[: len(content)]
     made[:] = np.frombuffer(content, np.uint8)
     return made
 
 
-def naive(a: bytes, b: bytes, granularity: int) -> list[bool]:
+def naive(a: bytes | bytearray, b: bytes | bytearray, granularity: int) -> list[bool]:
     return [
         a[at : at + granularity] != b[at : at + granularity] for at in range(0, len(a), granularity)
     ]

@@ -256,7 +256,8 @@ async def test_a_session_started_anew_goes_on_over_the_same_buffer() -> None:
     """Only what the former scan has not decided is read."""
     live, reference = pair(256 * K, 6)
     buffer = bytearray(scan.buffer_length(256 * K, 4 * K))
-    gate = fakes.Gate(4)
+    gate = fakes.Gate()
+    gate.let(4)
     live.before = gate
     first = scan.Scan(
         live, reference, scan.Decisions(256 * K, 4 * K, buffer), tuning=SMALL, workers=1

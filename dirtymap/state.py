@@ -4,8 +4,8 @@
     /run/posthoc/  or  $XDG_RUNTIME_DIR/posthoc/  or  /tmp/posthoc-UID/          0700, ours alone
         3f0c.../            one folder a mountpoint, named by a hash of its path
             lock            held (flock) as long as a session serves the mountpoint
-            session.json    what the session was asked for, with the pid that serves; mode 0600
             log             what it had to say after it went to the background
+            keeper.sock     where the native data path's keeper answers
             end.json        exit code and message of the last session that ended here
 
 No map is kept here: contents are the truth, and what was lost is read again.
@@ -74,6 +74,10 @@ class Folder:
                 f"{self.mountpoint}: another posthoc session serves it: end it with posthoc umount"
             ) from None
         self._lock = fd
+
+    def begin_log(self) -> None:
+        """Begin an empty log; everybody who writes to it appends."""
+        os.close(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
 
     def wait_for_end(self) -> None:
         """Return when no session holds this folder any more; a signal interrupts."""

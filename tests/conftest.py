@@ -32,7 +32,7 @@ OURS = {"dirtymap", "scanner", "overlayfs", "posthoc"}
 IN_CI = os.environ.get("CI") == "true"
 
 
-@pytest.fixture(params=["python"])
+@pytest.fixture(params=["python", "native"])
 def datapath(request: pytest.FixtureRequest) -> str:
     """Every form of the disk's data path, as `posthoc mount --datapath` calls it."""
     name: str = request.param

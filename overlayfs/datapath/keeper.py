@@ -87,11 +87,12 @@ def _sequenced() -> socket.socket:
 
 
 def spawn(
-    command: Path, path: Path, descriptors: Descriptors
+    command: Path, path: Path, descriptors: Descriptors, log: Path | None = None
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a keeper that listens on `path`; return it and this session's connection to it.
 
-    It outlives this process, and its output is this process's standard error. Raises NativeUnavailable.
+    It outlives this process, and appends to `log` what it has to say (None: to our standard error). Raises
+    NativeUnavailable.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     direct = -1 if descriptors.direct is None else descriptors.direct
@@ -103,13 +104,15 @@ def spawn(
         descriptors.session.fileno(),
         theirs.fileno(),
     ]
-    with theirs:
+    with theirs, contextlib.ExitStack() as stack:
         try:
+            output = sys.stderr if log is None else stack.enter_context(log.open("ab"))
             process = subprocess.Popen(
                 [os.fspath(command), "keeper", *map(str, numbers), os.fspath(path)],
                 pass_fds=[number for number in numbers if number >= 0],
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
         except OSError as error:

@@ -83,11 +83,14 @@ class NativeDatapath:
     Made by `create` for a new mount or by `adopt` for one that is being served; closed by the caller.
     """
 
-    def __init__(self, memory: shared.Memory, path: Path, program: Path) -> None:
+    def __init__(
+        self, memory: shared.Memory, path: Path, program: Path, log_path: Path | None
+    ) -> None:
         self.memory = memory
         self.recorder = shared.SharedRecorder(memory)
         self._path = path
         self._program = program
+        self._log = log_path
         self._descriptors: keeper.Descriptors | None = None
         self._connection: socket.socket | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -111,12 +114,13 @@ class NativeDatapath:
         max_write: int = MAX_WRITE,
         socket_buffer: int = SOCKET_BUFFER,
         scan_length: int = 0,
+        log: Path | None = None,
     ) -> NativeDatapath:
         """Prepare to serve the disk behind the descriptor `live`, which is duplicated.
 
         `path` is the keeper's socket, in a folder that is private to this user. `cache`: "writeback" goes
-        through the page cache, "none" around it where a request is aligned. `threads`: None chooses. Raises
-        NativeUnavailable.
+        through the page cache, "none" around it where a request is aligned. `threads`: None chooses. `log` is
+        what the keeper and what it starts append to, standard error if None. Raises NativeUnavailable.
         """
         program = keeper.program()
         device = stat.S_ISBLK(os.fstat(live).st_mode)
@@ -129,7 +133,7 @@ class NativeDatapath:
             read_only=read_only,
             scan_length=scan_length,
         )
-        made = cls(memory, path, program)
+        made = cls(memory, path, program, log)
         made._live = os.dup(live)
         made._socket_buffer = socket_buffer
         made.disk = _ServedElsewhere(made._live, size)
@@ -138,14 +142,14 @@ class NativeDatapath:
         return made
 
     @classmethod
-    def adopt(cls, path: Path) -> NativeDatapath:
+    def adopt(cls, path: Path, *, log: Path | None = None) -> NativeDatapath:
         """Become the session of the data path whose keeper listens on `path`.
 
         `live` is its live disk, `session` what its former session left. Raises UserError.
         """
         connection, descriptors = keeper.adopt(path)
         memory = shared.Memory(descriptors.memory)
-        made = cls(memory, path, keeper.program())
+        made = cls(memory, path, keeper.program(), log)
         made._adopted = True
         made._connection = connection
         made._descriptors = descriptors
@@ -212,7 +216,7 @@ class NativeDatapath:
         )
         try:
             self._keeper, self._connection = keeper.spawn(
-                self._program, self._path, self._descriptors
+                self._program, self._path, self._descriptors, self._log
             )
             self._test()
         except BaseException:
@@ -263,7 +267,7 @@ class NativeDatapath:
             self._connection.close()
             log.warning("keeper died: the next one is started attempt=%d", attempt + 1)
             self._keeper, self._connection = keeper.spawn(
-                self._program, self._path, self._descriptors
+                self._program, self._path, self._descriptors, self._log
             )
             if self._keeper_stands():
                 return

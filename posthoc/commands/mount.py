@@ -27,9 +27,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "MOUNTPOINT/dirty.qcow2 is the dirty map. The command returns when the disk can be used."
         ),
     )
-    parser.add_argument("live", metavar="LIVE", help="the disk that the VM uses")
-    parser.add_argument("reference", metavar="REFERENCE", help="the backup to compare it with")
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty folder")
+    parser.add_argument("live", metavar="LIVE", nargs="?", help="the disk that the VM uses")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", nargs="?", help="the backup to compare it with"
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="an empty folder")
+    parser.add_argument(
+        "--adopt",
+        metavar="MOUNTPOINT",
+        help="instead of all else: be the session of a mount whose session has died",
+    )
     options.granularity(parser)
     options.bitmap(parser)
     parser.add_argument(
@@ -56,6 +63,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=["native", "python"],
         help="what serves the disk (native where it works, else python)",
     )
+    parser.add_argument(
+        "--cache",
+        choices=["writeback", "none"],
+        default="writeback",
+        help="the native data path goes through the page cache (writeback) or around it (none)",
+    )
     options.access(parser)
     parser.add_argument(
         "--foreground", action="store_true", help="stay; Ctrl-C unmounts and ends the session"
@@ -67,9 +80,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve here (--foreground, or as the process in the background), or start the one that does."""
-    parameters = _parameters(arguments)
-    if arguments.foreground or arguments.ready_fd is not None:
-        return mounted.run(parameters, ready_fd=arguments.ready_fd)
+    here = arguments.foreground or arguments.ready_fd is not None
+    if arguments.adopt is not None:
+        if arguments.live is not None:
+            raise errors.UserError("--adopt takes everything from the mount: no LIVE, no REFERENCE")
+        if here:
+            return mounted.adopt(mountpoint.resolve(arguments.adopt), ready_fd=arguments.ready_fd)
+    elif arguments.mountpoint is None:
+        raise errors.UserError("mount needs LIVE, REFERENCE and MOUNTPOINT, or --adopt MOUNTPOINT")
+    elif here:
+        return mounted.run(_parameters(arguments), ready_fd=arguments.ready_fd)
     return background.start(sys.argv[1:])
 
 
@@ -87,6 +107,7 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
         workers=arguments.workers,
         threads=arguments.threads,
         datapath=arguments.datapath,
+        cache=arguments.cache,
         paused=arguments.paused,
         allow_other=arguments.allow_other,
         read_only=arguments.read_only,

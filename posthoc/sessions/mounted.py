@@ -9,28 +9,33 @@ the scanner's first read: that order is what makes the map complete (DESIGN: the
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import datetime
+import functools
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
 
 from dirtymap import bitmap, errors, state
+from dirtymap.images import file
 from dirtymap.qcow2 import carrier
-from overlayfs import datapath, filesystem, mount, recorder
-from overlayfs.datapath import python
+from overlayfs import datapath, filesystem, mount
+from overlayfs.datapath import native
 from posthoc import background, exits, report
-from posthoc.sessions import control, files, pair
+from posthoc.sessions import control, files, pair, ways
 from posthoc.sessions.parameters import Parameters
 from scanner import progress, scan
 
 log = logging.getLogger(__name__)
+
+
+Serve = Callable[[Callable[[], None]], Awaitable[state.End]]
 
 
 def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
@@ -44,55 +49,114 @@ def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
         pair.check_output(parameters.output, parameters.live, parameters.reference)
     folder.make()
     folder.lock()
+    folder.begin_log()
+    return _run(folder, functools.partial(_begin, parameters, folder), ready_fd)
+
+
+def adopt(mountpoint: str, *, ready_fd: int | None = None) -> int:
+    """Be the session of a mount whose session has died and whose disk is being served; as `run`."""
+    folder = state.Folder(mountpoint)
+    folder.make()
+    folder.lock()
+    return _run(folder, functools.partial(_adopt, folder), ready_fd)
+
+
+def _run(folder: state.Folder, serve: Serve, ready_fd: int | None) -> int:
     folder.remove("end.json")
 
     def ready() -> None:
-        folder.write("session.json", {"pid": os.getpid(), "parameters": parameters.stored()})
         if ready_fd is not None:
             background.detach(ready_fd, folder.log)
 
     try:
-        end = trio.run(_serve, parameters, ready)
+        end = trio.run(serve, ready)
     except BaseException as error:
         folder.write("end.json", {"exit_code": exits.BUG, "message": f"a bug ended it: {error!r}"})
         raise
     folder.write("end.json", {"exit_code": end.exit_code, "message": end.message})
-    folder.remove("session.json")
     if end.message:
         print(f"posthoc: {end.message}", file=sys.stderr)
     return end.exit_code
 
 
-async def _serve(parameters: Parameters, ready: Callable[[], None]) -> state.End:
-    with contextlib.ExitStack() as stack:
-        images = stack.enter_context(
-            pair.open_pair(
-                parameters.live,
-                parameters.reference,
-                writable=not parameters.read_only,
-                options=parameters.options,
-                allow_shrunk=parameters.allow_shrunk,
-            )
+async def _begin(
+    parameters: Parameters, folder: state.Folder, ready: Callable[[], None]
+) -> state.End:
+    """Mount anew, with the native data path where that works."""
+    with pair.open_pair(
+        parameters.live,
+        parameters.reference,
+        writable=not parameters.read_only,
+        options=parameters.options,
+        allow_shrunk=parameters.allow_shrunk,
+    ) as images:
+        legacy = ways.Legacy(
+            parameters,
+            datetime.datetime.now(datetime.UTC).astimezone().isoformat("T", "seconds"),
+            ways.fingerprint(parameters.reference),
         )
-        way = python.PythonDatapath(
-            images.live,
-            recorder.Recorder(images.live.size, parameters.granularity),
-            parameters.threads or datapath.DEFAULT_THREADS,
+        reason = ways.why_not_native(parameters, images.live)
+        if reason is None:
+            session = None
+            try:
+                with ways.open_native(parameters, images.live, folder) as way:
+                    session = Session(legacy, images, way)
+                    return await session.serve(ready)
+            except (native.NativeUnavailable, ExceptionGroup) as error:
+                reason = _unavailable(error)
+                if reason is None or parameters.datapath or (session and session.was_ready):
+                    raise
+            log.warning("the python data path serves the disk (native: %s)", reason)
+        with ways.open_python(parameters, images.live) as way:
+            return await Session(legacy, images, way, note=reason).serve(ready)
+
+
+def _unavailable(error: Exception) -> str | None:
+    """Return why the native data path is not to be had, if `error` says just that."""
+    if isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        return _unavailable(error.exceptions[0])
+    return error.reason if isinstance(error, native.NativeUnavailable) else None
+
+
+async def _adopt(folder: state.Folder, ready: Callable[[], None]) -> state.End:
+    """Go on where a session has died, with the write bitmap and the decisions that were kept."""
+    with ways.adopt_native(folder) as way:
+        legacy = ways.Legacy.restored(way.session)
+        parameters = legacy.parameters
+        live = file.FileImage(
+            parameters.live, os.dup(way.live), way.memory.size, writable=not parameters.read_only
         )
-        stack.callback(way.close)
-        session = Session(parameters, images, way)
-        return await session.serve(ready)
+        with pair.adopt_pair(live, parameters.reference, options=parameters.options) as images:
+            session = Session(legacy, images, way, adopted=True)
+            return await session.serve(ready)
 
 
 class Session:
     """One mount, one scan, one map. All methods are for the event loop."""
 
-    def __init__(self, parameters: Parameters, images: pair.Pair, way: datapath.Datapath) -> None:
+    def __init__(
+        self,
+        legacy: ways.Legacy,
+        images: pair.Pair,
+        way: datapath.Datapath,
+        *,
+        adopted: bool = False,
+        note: str | None = None,
+    ) -> None:
+        parameters = legacy.parameters
+        self._legacy = legacy
         self._parameters = parameters
         self._notes = images.notes
         self._way = way
-        self._since = datetime.datetime.now(datetime.UTC).astimezone().isoformat("T", "seconds")
-        self._decisions = scan.Decisions(images.live.size, parameters.granularity)
+        self._adopted = adopted
+        self._note = note
+        self.was_ready = False
+        self._decisions = scan.Decisions(
+            images.live.size, parameters.granularity, ways.decisions_memory(way)
+        )
+        if adopted and not ways.is_same_reference(legacy):
+            # What was found equal was equal to something else.
+            self._decisions.reset()
         self._scan = scan.Scan(
             images.reader,
             images.reference,
@@ -103,10 +167,23 @@ class Session:
             paused=parameters.paused,
             read_all=parameters.read_all,
         )
+        if legacy.cancelled:
+            self._scan.cancel()
         self._again = trio.Event()
         self._unmount = trio.CancelScope()
         self._bug: Exception | None = None
         self._output = _Output(parameters)
+        self._keep()
+
+    def _keep(self, *, cancelled: bool | None = None, **changed: Any) -> None:
+        """Note what was changed at run time, and leave it for a session that may come after."""
+        self._parameters = dataclasses.replace(self._parameters, **changed)
+        self._legacy = dataclasses.replace(
+            self._legacy,
+            parameters=self._parameters,
+            cancelled=self._legacy.cancelled if cancelled is None else cancelled,
+        )
+        ways.leave(self._way, self._legacy)
 
     async def serve(self, ready: Callable[[], None]) -> state.End:
         """Mount, call `ready`, scan; return after the mount has ended and the map is written."""
@@ -115,6 +192,7 @@ class Session:
             await nursery.start(self._mounted, nursery.cancel_scope)
             for note in self._notes:
                 log.info("%s", note)
+            self.was_ready = True
             ready()
             nursery.start_soon(self._scanning)
         # Unmounted: no write can come any more.
@@ -134,7 +212,12 @@ class Session:
         )
         with self._unmount:
             await mount.serve(
-                served, self._way, self._parameters.mountpoint, options, task_status=task_status
+                served,
+                self._way,
+                self._parameters.mountpoint,
+                options,
+                adopted=self._adopted,
+                task_status=task_status,
             )
         session.cancel()
 
@@ -195,27 +278,33 @@ class Session:
     def pause(self) -> None:
         """Let the scan rest."""
         self._scan.pause()
+        self._keep(paused=True)
 
     def resume(self) -> None:
         """Let the scan go on."""
         self._scan.resume()
+        self._keep(paused=False)
 
     def cancel(self) -> None:
         """End the scan: what it has not decided stays dirty."""
         self._scan.cancel()
+        self._keep(cancelled=True)
 
     def rescan(self) -> None:
         """Forget what the scan found and begin again."""
         self._scan.rescan()
         self._again.set()
+        self._keep(cancelled=False)
 
     def set_rate(self, rate: int | None) -> None:
         """Bound the scan to `rate` bytes a second of each image; None: no bound."""
         self._scan.set_rate(rate)
+        self._keep(rate=rate)
 
     def set_workers(self, workers: int) -> None:
         """Let the scan read with so many threads."""
         self._scan.set_workers(workers)
+        self._keep(workers=workers)
 
     # What is told
 
@@ -238,13 +327,17 @@ class Session:
             "eta": now.eta,
             "errors": now.error_count,
             "error_list": [_error_text(error) for error in now.errors],
-            "datapath": self._way.description(),
-            "since": self._since,
+            "datapath": self._datapath(),
+            "since": self._legacy.since,
             "savings": now.savings,
             "output": self._output.state,
             "guest": self._guest(),
             "pid": os.getpid(),
         }
+
+    def _datapath(self) -> str:
+        description = self._way.description()
+        return f"{description} (native: {self._note})" if self._note else description
 
     def _guest(self) -> dict[str, Any]:
         guest = self._way.recorder.statistics()

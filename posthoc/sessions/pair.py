@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dirtymap import errors, images, units
-from dirtymap.images import base, export, file, sizes
+from dirtymap.images import absent, base, export, file, sizes
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,27 @@ def open_pair(
             if reader is not opened:
                 stack.callback(reader.close)
         yield Pair(opened, reader, compared, notes)
+
+
+@contextlib.contextmanager
+def adopt_pair(
+    live: file.FileImage, reference: str, *, options: images.Options = images.DEFAULTS
+) -> Iterator[Pair]:
+    """Open the reference by name beside a live disk that is being served already, and is closed at the end.
+
+    A reference that cannot be opened becomes one that fails every read, with a note: the mount goes on.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(live.close)
+        reader = live.reader()
+        stack.callback(reader.close)
+        try:
+            compared = images.open_reference(reference, options=options)
+            stack.callback(compared.close)
+            compared, notes = _fit(compared, live.size)
+        except errors.UserError as error:
+            compared, notes = absent.AbsentImage(reference, live.size, str(error)), (str(error),)
+        yield Pair(live, reader, compared, notes)
 
 
 def _fit(reference: base.Image, size: int) -> tuple[base.Image, tuple[str, ...]]:

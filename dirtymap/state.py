@@ -8,6 +8,8 @@
             keeper.sock     where the native data path's keeper answers
             end.json        exit code and message of the last session that ended here
 
+The folder goes when `posthoc umount` has told of an end that was good.
+
 No map is kept here: contents are the truth, and what was lost is read again.
 """
 
@@ -18,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,15 +68,30 @@ class Folder:
 
     def lock(self) -> None:
         """Become the session of this mountpoint until the process ends; UserError if one lives."""
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise errors.UserError(
-                f"{self.mountpoint}: another posthoc session serves it: end it with posthoc umount"
-            ) from None
-        self._lock = fd
+        while self._lock is None:
+            self.make()
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise errors.UserError(
+                    f"{self.mountpoint}: another posthoc session serves it: end it with posthoc umount"
+                ) from None
+            if os.fstat(fd).st_nlink:
+                self._lock = fd
+            else:
+                # Discarded by somebody between the two calls: what we hold locks nobody out.
+                os.close(fd)
+
+    def discard(self) -> None:
+        """Remove the folder, unless a session lives here."""
+        with contextlib.suppress(errors.UserError, OSError):
+            self.lock()
+            shutil.rmtree(self.path)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def begin_log(self) -> None:
         """Begin an empty log; everybody who writes to it appends."""

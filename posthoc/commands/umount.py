@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         end = folder.end() or state.End(
             exits.DONE, "its session had died before: the disk is as it was, the map is lost"
         )
+        if end.exit_code == exits.DONE:
+            folder.discard()
     _tell(end, where, as_json=arguments.json)
     return end.exit_code
 

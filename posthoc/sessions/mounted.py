@@ -47,7 +47,6 @@ def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
     folder = state.Folder(parameters.mountpoint)
     if parameters.output:
         pair.check_output(parameters.output, parameters.live, parameters.reference)
-    folder.make()
     folder.lock()
     folder.begin_log()
     return _run(folder, functools.partial(_begin, parameters, folder), ready_fd)
@@ -56,7 +55,6 @@ def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
 def adopt(mountpoint: str, *, ready_fd: int | None = None) -> int:
     """Be the session of a mount whose session has died and whose disk is being served; as `run`."""
     folder = state.Folder(mountpoint)
-    folder.make()
     folder.lock()
     return _run(folder, functools.partial(_adopt, folder), ready_fd)
 

@@ -42,6 +42,17 @@ def test_how_it_ended(folder: state.Folder) -> None:
     assert folder.end() is None
 
 
+def test_it_goes_when_no_session_lives_in_it(folder: state.Folder) -> None:
+    folder.lock()
+    state.Folder("/mnt/vm").discard()
+    assert folder.path.exists()
+    folder.discard()
+    assert not folder.path.exists()
+    state.Folder("/mnt/vm").discard()
+    folder.lock()
+    assert (folder.path / "lock").exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"exit_code": "3", "message": "x"}'])
 def test_what_cannot_be_read_says_nothing(folder: state.Folder, text: str) -> None:
     (folder.path / "end.json").write_text(text)

@@ -113,8 +113,9 @@ def require_binding() -> None:
 class Connection:
     """A connected handle. Not for two threads at once; the caller closes it."""
 
-    def __init__(self, address: Address, patience: float = CONNECT_PATIENCE) -> None:
-        """Connect and shake hands within `patience` seconds; raises LostError."""
+    def __init__(self, address: Address, patience: float | None = None) -> None:
+        """Connect and shake hands within `patience` (CONNECT_PATIENCE) seconds; raises LostError."""
+        patience = CONNECT_PATIENCE if patience is None else patience
         self._handle: Any = libnbd.NBD()
         try:
             self._configure(address)

@@ -71,8 +71,8 @@ class Pool:
         with self._changed:
             return self._made > 1
 
-    def _patience(self) -> float:
-        return FURTHER_PATIENCE if self._is_further() else nbd.CONNECT_PATIENCE
+    def _patience(self) -> float | None:
+        return FURTHER_PATIENCE if self._is_further() else None
 
     def _forget(self, *, lower: bool = False) -> None:
         with self._changed:

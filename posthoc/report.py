@@ -96,6 +96,10 @@ def _guest(value: Mapping[str, Any], _: Facts) -> str | None:
     return ", ".join(parts) or None
 
 
+def _pacing(value: float | None, _: Facts) -> str:
+    return "off" if value is None else f"on, the scan may use {value:.0%} of its time"
+
+
 def _hidden(_: object, __: Facts) -> None:
     return None
 
@@ -114,4 +118,5 @@ _FORMS: Mapping[str, Callable[[Any, Facts], object]] = {
     "error_list": _hidden,
     "savings": _savings,
     "guest": _guest,
+    "pacing": _pacing,
 }

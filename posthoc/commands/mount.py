@@ -47,6 +47,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     options.scan(parser)
     parser.add_argument("--paused", action="store_true", help="begin with the scan paused")
     parser.add_argument(
+        "--no-pacing",
+        dest="pacing",
+        action="store_false",
+        help="do not let the scan give way when the guest's requests take longer",
+    )
+    parser.add_argument(
         "--allow-other",
         action="store_true",
         help="let other users reach the mount, as its modes say",
@@ -109,6 +115,7 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
         datapath=arguments.datapath,
         cache=arguments.cache,
         paused=arguments.paused,
+        pacing=arguments.pacing,
         allow_other=arguments.allow_other,
         read_only=arguments.read_only,
         allow_shrunk=arguments.allow_shrunk,

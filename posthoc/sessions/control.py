@@ -22,6 +22,7 @@ class Scan(Protocol):
     def rescan(self) -> None: ...
     def set_rate(self, rate: int | None) -> None: ...
     def set_workers(self, workers: int) -> None: ...
+    def set_pacing(self, on: bool) -> None: ...
 
 
 def obey(scan: Scan, text: str) -> None:
@@ -48,6 +49,8 @@ def _obey(scan: Scan, verb: str, arguments: list[str]) -> None:
             scan.set_rate(positive_rate(amount))
         case "workers", [number]:
             scan.set_workers(worker_count(number))
+        case "pacing", ["on" | "off" as word]:
+            scan.set_pacing(word == "on")
         case _:
             raise errors.UserError(f"{' '.join([verb, *arguments])!r} is no command of control")
 

@@ -20,17 +20,18 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import trio
 
 from dirtymap import bitmap, errors, state
 from dirtymap.images import file
 from dirtymap.qcow2 import carrier
-from overlayfs import datapath, filesystem, mount
+from overlayfs import datapath, filesystem, mount, recorder
 from overlayfs.datapath import native
 from posthoc import background, exits, report
 from posthoc.sessions import control, files, pair, ways
 from posthoc.sessions.parameters import Parameters
-from scanner import progress, scan
+from scanner import courtesy, progress, scan
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,8 @@ class Session:
         if adopted and not ways.is_same_reference(legacy):
             # What was found equal was equal to something else.
             self._decisions.reset()
+        self._courtesy = _courtesy(way)
+        self._courtesy.enabled = parameters.pacing
         self._scan = scan.Scan(
             images.reader,
             images.reference,
@@ -164,6 +167,7 @@ class Session:
             rate=parameters.rate,
             paused=parameters.paused,
             read_all=parameters.read_all,
+            courtesy=self._courtesy,
         )
         if legacy.cancelled:
             self._scan.cancel()
@@ -304,6 +308,11 @@ class Session:
         self._scan.set_workers(workers)
         self._keep(workers=workers)
 
+    def set_pacing(self, on: bool) -> None:
+        """Give way to the guest, or not."""
+        self._courtesy.enabled = on
+        self._keep(pacing=on)
+
     # What is told
 
     def facts(self) -> dict[str, Any]:
@@ -329,6 +338,7 @@ class Session:
             "since": self._legacy.since,
             "savings": now.savings,
             "output": self._output.state,
+            "pacing": self._courtesy.allowed if self._courtesy.enabled else None,
             "guest": self._guest(),
             "pid": os.getpid(),
         }
@@ -372,6 +382,17 @@ class Session:
                 exits.READ_ERROR, f"{now.error_count} places could not be read: they count as dirty"
             )
         return state.End(exits.DONE, "")
+
+
+def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:
+    """Return what judges the guest's latencies: those of its reads and writes."""
+
+    def sample() -> courtesy.Histogram:
+        guest = way.recorder.statistics()
+        return guest.read.histogram + guest.write.histogram
+
+    bounds = [float(recorder.bucket_end(bucket)) for bucket in range(recorder.BUCKETS)]
+    return courtesy.Courtesy(sample, np.array(bounds))
 
 
 class _Output:

@@ -108,7 +108,10 @@ def test_a_map_is_valid_at_every_moment(tmp_path: Path, mountpoint: Path) -> Non
 def test_control_pauses_cancels_scans_again_and_bounds(tmp_path: Path, mountpoint: Path) -> None:
     live, reference = images.pair(tmp_path, changed=[5])
     with command.mounted(live, reference, mountpoint, "--paused", "--rate", "1M") as mount:
-        command.control(mount, "rate 2M\nworkers 3")
+        command.control(mount, "rate 2M\nworkers 3\npacing off")
+        assert "pacing: off\n" in (mount / "status").read_text()
+        command.control(mount, "pacing on")
+        assert command.status(mount)["pacing"] == 1.0
         command.control(mount, "cancel")
         assert command.until_state(mount, "cancelled")["dirty"] > 0
         assert command.posthoc("wait", mount, status=2).stderr == "posthoc: the scan is cancelled\n"

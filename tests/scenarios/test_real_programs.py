@@ -75,7 +75,8 @@ def fio(disk: pathlib.Path, engine: str, *options: str) -> None:
     qemu.run(
         *("fio", "--name=job", f"--filename={disk}", f"--ioengine={engine}", "--thread"),
         *("--rw=randwrite", "--allow_file_create=0", "--fallocate=none", "--randseed=7"),
-        *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--end_fsync=1", *options),
+        *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"),
+        *("--end_fsync=1", *options),
     )
 
 

@@ -73,9 +73,43 @@ def open_image(
     """Open the image at `path` of the format `driver`; the caller closes it. Raises ImageError."""
     nbd.require_binding()
     layers = chain.layers(spec, path, driver)
-    if any(layer.encrypted for layer in layers) and not options.secrets:
+    choices = _secrets(spec, sum(layer.encrypted for layer in layers), options.secrets)
+    for last, secrets in enumerate(choices, 1 - len(choices)):
+        try:
+            return _open(spec, path, layers, secrets, writable=writable, options=options)
+        except errors.ImageError as error:
+            # QEMU's words for a passphrase that opens none of the key slots.
+            if last == 0 or "Invalid password" not in error.reason:
+                raise
+    raise AssertionError("the last choice returns or raises")
+
+
+def _secrets(spec: str, encrypted: int, secrets: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return what to try, each the secrets of the encrypted layers from the top down.
+
+    One for each layer where there are as many, else each for all of them.
+    """
+    if not encrypted:
+        return [()]
+    if not secrets:
         raise errors.ImageError(spec, "is encrypted: name the file with its passphrase (--secret)")
-    server = Server(layers, options.secrets, writable=writable)
+    for path in secrets:
+        if not os.access(path, os.R_OK):
+            raise errors.ImageError(spec, f"the secret's file {path} is missing or not readable")
+    each: list[tuple[str, ...]] = [(path,) for path in secrets]
+    return [secrets, *each] if len(secrets) == encrypted > 1 else each
+
+
+def _open(
+    spec: str,
+    path: str,
+    layers: Sequence[chain.Layer],
+    secrets: tuple[str, ...],
+    *,
+    writable: bool,
+    options: images.Options,
+) -> export.NbdImage:
+    server = Server(layers, secrets, writable=writable)
     try:
         address = nbd.Address(server.uri, contexts=(nbd.BASE_ALLOCATION, nbd.ALLOCATION_DEPTH))
         _wait_until_ready(spec, path, server, address)

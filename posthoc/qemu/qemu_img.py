@@ -7,9 +7,13 @@ protocol. Only JSON is parsed: its text changed in version 10.0.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +68,10 @@ def bitmap(path: str, name: str, *actions: str) -> None:
     """Change the bitmap `name` of a qcow2; the actions happen in their order. Raises ToolError.
 
     QEMU 7.2 exits 0 although it could not save the bitmaps: the caller looks at what is there.
+    Killed while it has the image open it would leave all of them inconsistent: it never is.
     """
-    _run("bitmap", "-f", "qcow2", *actions, "--", os.path.abspath(path), name)
+    with _interrupts_held_back():
+        _run("bitmap", "-f", "qcow2", *actions, "--", os.path.abspath(path), name)
 
 
 def create(path: str, size: int, options: dict[str, str]) -> None:
@@ -84,36 +90,45 @@ def _joined(options: dict[str, str]) -> str:
 
 
 def _run(*arguments: str, accepted: tuple[int, ...] = (0,)) -> str:
-    """Run qemu-img to its end, whatever becomes of us, and return its stdout.
-
-    A group of its own keeps a Ctrl-C in the terminal from it, and it is waited for before the
-    interrupt goes on: killed while it has an image open, it would leave every bitmap inconsistent.
-    """
+    """Run qemu-img to its end and return its stdout."""
     command = [os.environ.get("POSTHOC_QEMU_IMG", "qemu-img"), *arguments]
     try:
-        process = subprocess.Popen(
+        result = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            capture_output=True,
+            check=False,
+            encoding="utf-8",
             errors="replace",
             env={**os.environ, "LC_ALL": "C"},
-            process_group=0,
+            process_group=0,  # a Ctrl-C in the terminal is ours to deal with
         )
     except FileNotFoundError:
         raise errors.ToolError(command, "is not installed (Debian: qemu-utils)") from None
     except (OSError, ValueError) as error:
         raise errors.ToolError(command, errors.reason(error)) from error
-    with process:
-        try:
-            output, complaint = process.communicate()
-        except BaseException:
-            process.wait()
-            raise
-    if process.returncode not in accepted:
-        raise errors.ToolError(command, _one_line(complaint, process.returncode))
-    return output
+    if result.returncode not in accepted:
+        raise errors.ToolError(command, _one_line(result.stderr, result.returncode))
+    return result.stdout
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let a Ctrl-C wait for the block's end; then it is the KeyboardInterrupt that it would be.
+
+    Handlers run in the main thread whichever thread gets the signal, so there is none in others.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if arrived:
+            raise KeyboardInterrupt
 
 
 def _one_line(complaint: str, status: int) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
 import stat
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from dirtymap import bitmap, errors
 from dirtymap.qcow2 import carrier
 from posthoc import cli
 from posthoc.qemu import handover, qemu_img
-from tests import qemu
+from tests import command, qemu, wait
 from tests.dirtymap.qcow2 import parts
 
 MIB = 1 << 20
@@ -438,6 +439,56 @@ def test_an_interrupt_leaves_the_image_as_it_was(
         handover.install(dirty(5), str(disk), "b", replace=True)
     assert snapshot(disk) == before
     qemu.check(disk)
+
+
+SLOW_QEMU_IMG = """#!/bin/sh
+if [ "$1" = bitmap ]; then
+    : > "$0.begun"
+    while [ ! -e "$0.go" ]; do sleep 0.05; done
+fi
+qemu-img "$@" || exit
+: > "$0.$1-done"
+"""
+
+
+def test_ctrl_c_does_not_kill_qemu_img_at_work(tmp_path: pathlib.Path) -> None:
+    """Killed with the image open it would leave every bitmap inconsistent: it is waited for.
+
+    The terminal sends SIGINT to the whole group; the new bitmap is then taken out again.
+    """
+    disk = disk_of(tmp_path)
+    tool = tmp_path / "qemu-img"
+    tool.write_text(SLOW_QEMU_IMG)
+    tool.chmod(0o755)
+    words = command.words("install", map_of(tmp_path, dirty(3)), f"qcow2:{disk}", "--bitmap", "b")
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=command.environment({"POSTHOC_QEMU_IMG": str(tool)}),
+        process_group=0,
+    )
+    with process:
+        try:
+            wait.until((tmp_path / "qemu-img.begun").exists, "qemu-img works")
+            os.killpg(process.pid, signal.SIGINT)
+            wait.until(lambda: interrupts_are_over(process.pid), "the interrupt has arrived")
+            assert process.poll() is None
+        finally:
+            (tmp_path / "qemu-img.go").touch()
+        output = process.communicate(timeout=wait.DEADLINE)[0]
+    assert process.returncode == 130, output
+    assert (tmp_path / "qemu-img.bitmap-done").exists(), "it was killed"
+    assert snapshot(disk) == DAILY
+    qemu.check(disk)
+
+
+def interrupts_are_over(pid: int) -> bool:
+    """Whether no signal is pending for the process any more."""
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = [line.split()[1] for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return all(int(mask, 16) == 0 for mask in pending)
 
 
 # A raw disk with a metadata file

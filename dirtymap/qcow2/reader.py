@@ -64,8 +64,10 @@ def holds_guest_data(path: Path) -> bool:
     try:
         with _opened(path) as file:
             header = file.header
-            table = file.part(header.l1_table_offset, header.l1_size * 8, "L1 table")
-            return any(table) or bool(header.incompatible_features & qcow2.INCOMPATIBLE_DATA_FILE)
+            elsewhere = header.incompatible_features & qcow2.INCOMPATIBLE_DATA_FILE
+            if elsewhere or header.backing_file_offset or header.nb_snapshots:
+                return True
+            return any(file.part(header.l1_table_offset, header.l1_size * 8, "L1 table"))
     except errors.MapError:
         return False
 

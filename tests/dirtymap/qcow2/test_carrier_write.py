@@ -87,10 +87,21 @@ def test_a_disk_is_never_replaced_by_a_map(tmp_path: pathlib.Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_disk_s_metadata_file_is_never_replaced_by_a_map(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "metadata.qcow2"
-    qemu.create(path, GIB, "qcow2", options=f"data_file={tmp_path}/data")
+@pytest.mark.parametrize("kind", ["metadata", "overlay", "snapshot"])
+def test_a_qcow2_that_names_a_disk_s_data_is_never_replaced(
+    tmp_path: pathlib.Path, kind: str
+) -> None:
+    """No data of its own, but the way to them: a data file, a backing file, a snapshot."""
+    path, base = tmp_path / "disk.qcow2", tmp_path / "base.qcow2"
+    qemu.create(base, GIB, "qcow2")
+    options = f"data_file={tmp_path}/data" if kind == "metadata" else None
+    backing = (base, "qcow2") if kind == "overlay" else None
+    qemu.create(path, GIB, "qcow2", options=options, backing=backing)
+    if kind == "snapshot":
+        qemu.img("snapshot", "-c", "one", path)
+    before = path.read_bytes()
     assert "holds a disk's data" in one_line(path)
+    assert path.read_bytes() == before
 
 
 def test_a_full_disk_leaves_the_old_map(tmp_path: pathlib.Path) -> None:

@@ -79,10 +79,10 @@ def test_holes_and_zeros_are_marked_and_have_no_hash(
 
 def test_what_is_told_to_be_zeros_is_not_read(tmp_path: pathlib.Path) -> None:
     image = fakes.MemoryImage(bytearray(b"\1" * G + bytes(8 * G) + b"\2" * 100))
-    image.zeros = [(G + 10, 8 * G - 10)]
+    image.zeros = [(G + 10, 9 * G)]
     summary = digest.write(str(tmp_path / "x.digest"), image, G)
     # Segments 2 to 8 lie whole within what was told.
-    assert image.reads == [(0, 2 * G), (9 * G, 100)]
+    assert sorted(image.reads) == [(0, 2 * G), (9 * G, 100)]
     assert (summary.zeros, summary.read) == (8 * G, 2 * G + 100)
 
 

@@ -214,15 +214,14 @@ class Memory:
         """Set the command line that starts a new session; [] for none. ValueError if too long."""
         if command and not os.path.isabs(command[0]):
             raise ValueError(f"{command[0]} is not an absolute path")
-        data = b"".join(os.fsencode(word) + b"\0" for word in command)
-        # First, in case it is being read: no command.
-        start = self.header.restart_offset
-        self._map[start] = 0
-        if len(data) + 1 > self.header.restart_length:
+        data = b"".join(os.fsencode(word) + b"\0" for word in command) + b"\0"
+        if len(data) > self.header.restart_length:
             raise ValueError("the command line is too long")
-        self._map[start + 1 : start + len(data) + 1] = data[1:] + b"\0"
-        if data:
-            self._map[start] = data[0]
+        start = self.header.restart_offset
+        # The first byte last: whoever reads meanwhile finds no command.
+        self._map[start] = 0
+        self._map[start + 1 : start + len(data)] = data[1:]
+        self._map[start] = data[0]
 
     @property
     def session(self) -> bytes:

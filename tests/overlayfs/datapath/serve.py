@@ -197,9 +197,9 @@ def main() -> int:
             return trio.run(lambda: session.run(adopted=bool(config.get("adopted"))))
         finally:
             session.close()
-    except errors.UserError as error:
-        print(f"refused {error}", flush=True)
-        return 2
+    except* errors.UserError as group:
+        print(f"refused {group.exceptions[0]}", flush=True)
+    return 2
 
 
 if __name__ == "__main__":

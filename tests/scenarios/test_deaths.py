@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of a mount are killed while a guest writes: no I/O error, nothing lost, no segment missed."""
+
+import os
+import pathlib
+import signal
+import subprocess
+
+import pytest
+
+from tests import command, oracle, qemu, wait
+from tests.posthoc import images
+from tests.posthoc.images import MIB, SEGMENT
+from tests.scenarios import test_race
+
+Path = pathlib.Path
+
+
+def pid_of(mountpoint: Path) -> int:
+    return int(command.status(mountpoint)["pid"])
+
+
+def kill_session(mountpoint: Path) -> None:
+    """Kill the session and wait until another one answers."""
+    pid = pid_of(mountpoint)
+    os.kill(pid, signal.SIGKILL)
+    wait.until(lambda: pid_of(mountpoint) != pid, "the next session answers")
+
+
+def natives(mountpoint: Path) -> list[int]:
+    """The processes of the mount's data path, keeper and server."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            held = {os.readlink(fd) for fd in (process / "fd").iterdir()}
+        except OSError:
+            continue
+        ours = b"keeper" in words and words[0].endswith(b"posthoc-datapath")
+        if ours and str(mountpoint.parent / "live.raw") in held:
+            found.append(int(process.name))
+    return found
+
+
+def test_a_killed_session_is_replaced_and_goes_on(tmp_path: Path, mountpoint: Path) -> None:
+    """What was written and decided is kept, what was changed at run time too."""
+    live, reference = images.pair(tmp_path, 8 * MIB, changed=[3])
+    output = tmp_path / "map.qcow2"
+    options = ["--datapath", "native", "--output", output]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        before = command.until_state(mount, "complete")
+        command.control(mount, "rate 7M")
+        with open(mount / "disk", "r+b", buffering=0) as disk:
+            disk.seek(20 * SEGMENT)
+            disk.write(b"before")
+            kill_session(mount)
+            disk.seek(40 * SEGMENT)
+            disk.write(b"behind")
+            os.fsync(disk.fileno())
+            disk.seek(20 * SEGMENT)
+            assert disk.read(6) == b"before"
+        after = command.until_state(mount, "complete")
+        assert after["differing"] == before["differing"] == SEGMENT
+        assert after["written"] == 2 * SEGMENT
+        assert after["since"] == before["since"]
+        assert after["guest"]["writes"]["operations"] == 2
+    assert qemu.dirty_segments(output, SEGMENT) == {3, 20, 40}
+
+
+def test_a_scan_goes_on_where_its_session_died(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path, 8 * MIB, changed=[3])
+    with command.mounted(live, reference, mountpoint, "--datapath", "native", "--paused") as mount:
+        command.control(mount, "rate 4M")
+        command.control(mount, "resume")
+        wait.until(lambda: command.status(mount)["scanned"] >= 2 * MIB, "a part is scanned")
+        command.control(mount, "pause")
+        kill_session(mount)
+        status = command.status(mount)
+        assert status["state"] == "paused"
+        assert status["scanned"] >= 2 * MIB
+        command.control(mount, "rate none\nresume")
+        assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+
+
+def test_a_cancelled_scan_stays_cancelled(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path)
+    with command.mounted(live, reference, mountpoint, "--datapath", "native", "--paused") as mount:
+        command.control(mount, "cancel")
+        command.until_state(mount, "cancelled")
+        kill_session(mount)
+        assert command.until_state(mount, "cancelled")["dirty"] == 4 * MIB
+
+
+@pytest.mark.parametrize("how", ["content", "other-file", "gone"])
+def test_a_reference_that_has_changed_is_not_trusted(
+    tmp_path: Path, mountpoint: Path, how: str
+) -> None:
+    """What was equal to the old one says nothing of the new one: it is scanned again, or all is dirty."""
+    live, reference = images.pair(tmp_path, 2 * MIB)
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        assert command.until_state(mount, "complete")["dirty"] == 0
+        pid = pid_of(mount)
+        # Stopped first, so that the change is there before the next session looks.
+        os.kill(pid, signal.SIGSTOP)
+        if how == "content":
+            images.overwrite(reference, 5 * SEGMENT, b"changed")
+        else:
+            reference.unlink()
+        if how == "other-file":
+            other = bytearray(live.read_bytes())
+            other[5 * SEGMENT] ^= 1
+            reference.write_bytes(other)
+        os.kill(pid, signal.SIGKILL)
+        wait.until(lambda: pid_of(mount) != pid, "the next session answers")
+        if how == "gone":
+            assert command.until_state(mount, "failed")["dirty"] == 2 * MIB
+            assert (mount / "disk").read_bytes() == live.read_bytes()
+            command.posthoc("umount", mount, status=3)
+        else:
+            assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+
+
+def test_adopting_what_has_a_session_is_refused(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path)
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        refused = command.posthoc("mount", "--adopt", mount, status=2)
+        assert "another posthoc session serves it" in refused.stderr
+        assert command.until_state(mount, "complete")["dirty"] == 0
+
+
+def test_adopting_nothing_is_one_line(tmp_path: Path) -> None:
+    refused = command.posthoc("mount", "--adopt", tmp_path, status=2)
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_everything_is_killed_in_turns_under_writers(tmp_path: Path, mountpoint: Path) -> None:
+    """Session, server and keeper, again and again: the writers see no error, the map misses nothing."""
+    size = 24 * MIB
+    live, reference = images.pair(tmp_path, size, changed=range(0, 380, 7))
+    output = tmp_path / "map.qcow2"
+    options = ["--datapath", "native", "--rate", "10M", "--granularity", "4096"]
+    with command.mounted(live, reference, mountpoint, *options, "--output", output) as mount:
+        disk = mount / "disk"
+        with qemu.loop_device(disk) as device:
+            writers = [
+                test_race.writer(disk, size, 1, "pwrite"),
+                test_race.writer(disk, size, 2, "direct"),
+                test_race.writer(device, size, 3, "mmap"),
+            ]
+            killed = 0
+            while any(writer.poll() is None for writer in writers) or killed < 6:
+                for pid in natives(mount):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+                    wait.until(lambda: len(natives(mount)) == 2, "keeper and server are back")
+                kill_session(mount)
+                killed += 1
+            assert [writer.wait() for writer in writers] == [0, 0, 0]
+        command.control(mount, "rate none")
+        command.until_state(mount, "complete")
+    missed = oracle.differing(live, reference, 4096) - qemu.dirty_segments(output, 4096)
+    assert not missed
+
+
+def test_fio_verifies_across_kills(tmp_path: Path, mountpoint: Path) -> None:
+    """Every block reads back as it was written, whoever died between."""
+    live, reference = images.pair(tmp_path, 16 * MIB)
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        fio = subprocess.Popen(
+            [
+                *["fio", "--name=verify", f"--filename={mount / 'disk'}", "--size=16M"],
+                *["--rw=randwrite", "--bs=4k", "--direct=1", "--ioengine=libaio", "--iodepth=8"],
+                *["--verify=crc32c", "--verify_fatal=1", "--loops=4", "--verify_state_save=0"],
+                *["--rate_iops=4000"],
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            text=True,
+        )
+        while fio.poll() is None:
+            for pid in natives(mount):
+                os.kill(pid, signal.SIGKILL)
+                wait.until(lambda: len(natives(mount)) == 2, "keeper and server are back")
+        said, _ = fio.communicate()
+        assert fio.returncode == 0, said
+        assert command.status(mount)["guest"]["writes"]["errors"] == 0

@@ -200,10 +200,12 @@ class _Desk:
         self._granularity = granularity
         self._length = length
         self._local = threading.local()
+        self._lock = threading.Lock()
         self.unreadable = 0
 
     def _report(self, error: progress.ScanError) -> None:
-        self.unreadable += error.length
+        with self._lock:
+            self.unreadable += error.length
 
     def differs(self, where: tuple[int, int, plan.Kind]) -> bool:
         """Return whether anything in the run differs or cannot be read; raises GoneError."""

@@ -190,6 +190,7 @@ class SocketMonitor:
         self._listeners: list[SocketListener] = []
         self._lost_error: MonitorError | None = None
         self._lost = trio.Event()
+        self.reading = trio.CancelScope(shield=True)
 
     @property
     def name(self) -> str:
@@ -280,12 +281,17 @@ class SocketMonitor:
             ) from error
 
     async def _read(self) -> None:
-        """Hand out replies and events until the connection is lost; never raises."""
-        try:
-            while True:
-                self._dispatch(await self._read_message())
-        except MonitorError as error:
-            self._lose(error)
+        """Hand out replies and events until the connection is lost or `reading` is cancelled.
+
+        A cancel from outside does not end it: whoever is cancelled has things to take back in QEMU, and
+        waits for the replies.
+        """
+        with self.reading:
+            try:
+                while True:
+                    self._dispatch(await self._read_message())
+            except MonitorError as error:
+                self._lose(error)
 
     async def _read_message(self) -> dict[str, Any]:
         line = await self._read_line()
@@ -379,7 +385,7 @@ async def running(monitor: SocketMonitor) -> AsyncIterator[SocketMonitor]:
             yield monitor
         except BaseException as error:  # noqa: BLE001 - raised again below
             failure = error
-        nursery.cancel_scope.cancel()
+        monitor.reading.cancel()
     if failure is not None:
         raise failure
 

@@ -83,9 +83,9 @@ class Disk:
 
 @dataclasses.dataclass
 class Qemu:
-    """A running QEMU."""
+    """A running QEMU; without a process, one that somebody else has started and will end."""
 
-    process: subprocess.Popen[bytes]
+    process: "subprocess.Popen[bytes] | None"
     folder: pathlib.Path
     system: bool
     iothread: bool
@@ -100,7 +100,8 @@ class Qemu:
         self.connections: dict[str, nbd.NBD] = {}
 
         def connected() -> Client | None:
-            assert self.process.poll() is None, (self.folder / "log").read_text()
+            if self.process is not None:
+                assert self.process.poll() is None, (self.folder / "log").read_text()
             # The last of the sockets to be made is the one that QEMU serves when it is ready.
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                 return Client(path)
@@ -140,6 +141,12 @@ class Qemu:
             handle = self.connections[node] = nbd.NBD()
             handle.connect_uri(qemu.uri(server, node))
         return self.connections[node]
+
+    def _end_connections(self) -> None:
+        if self.connections:
+            self.connections.clear()
+            self.client("nbd-server-stop")
+            (self.folder / "nbd").unlink(missing_ok=True)
 
     def bitmaps(self, node: str) -> dict[str, dict[str, Any]]:
         """The bitmaps of a node by name."""
@@ -206,9 +213,11 @@ class Qemu:
         """Take a full and an incremental backup of one instant; return whether they are the same disk.
 
         The incremental is `bitmap`'s over `reference`, so that this judges the bitmap by QEMU's own
-        blockdev-backup and qemu-img compare. No writer may be at it: QEMU 7.2's backup jobs and what
-        writes here in a guest's place make each other's assertions fail now and then.
+        blockdev-backup and qemu-img compare. Nothing may be writing: QEMU 7.2's backup jobs and what
+        writes here in a guest's place make each other's assertions fail now and then, a connected
+        NBD client even without a request.
         """
+        self._end_connections()
         full = self.new_target("full", size)
         incremental = self.new_target("incremental", size, reference)
         self.backup(
@@ -229,12 +238,19 @@ class Qemu:
         incremental.unlink()
         return same
 
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
     def kill(self) -> None:
+        assert self.process is not None
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> None:
         """End it, in order where it still answers."""
+        assert self.process is not None
         if self.process.poll() is None:
             with contextlib.suppress(OSError, ValueError, AssertionError):
                 self.client("quit")
@@ -248,13 +264,9 @@ class Qemu:
 
 @contextlib.contextmanager
 def running(*disks: Disk, system: bool = False, iothread: bool = False) -> Iterator[Qemu]:
-    """Run qemu-storage-daemon, or qemu-system, over `disks`; in an iothread when asked.
-
-    The folder's name is short: a socket's path has at most 107 bytes.
-    """
-    with tempfile.TemporaryDirectory(prefix="posthoc-vm-", dir="/tmp") as name:
-        folder = pathlib.Path(name)
-        command = _system(folder) if system else _storage_daemon(folder)
+    """Run qemu-storage-daemon, or qemu-system, over `disks`; in an iothread when asked."""
+    with folder() as where:
+        command = _system(where) if system else _storage_daemon(where)
         if iothread:
             command += ["-object" if system else "--object", "iothread,id=io0"]
         for disk in disks:
@@ -262,12 +274,12 @@ def running(*disks: Disk, system: bool = False, iothread: bool = False) -> Itera
             # A node in an iothread has no device: its guest would have to start it for that.
             if system and not iothread:
                 command += ["-device", f"virtio-blk-pci,drive={disk.node},id=dev-{disk.node}"]
-        with (folder / "log").open("wb") as log:
+        with (where / "log").open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=where
             )
         try:
-            instance = Qemu(process, folder, system, iothread)
+            instance = Qemu(process, where, system, iothread)
         except BaseException:
             process.kill()
             process.wait()
@@ -294,9 +306,22 @@ def _system(folder: pathlib.Path) -> list[str]:
     """A machine that is never started: what is under test is its block layer."""
     command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-machine", "q35", "-m", "16"]
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
+    return [*command, *monitors(folder)]
+
+
+def monitors(folder: pathlib.Path) -> list[str]:
+    """qemu-system's options for the two monitors."""
+    words = []
     for name in ("qmp", "side"):
-        command += ["-qmp", f"unix:{folder / name},server=on,wait=off"]
-    return command
+        words += ["-qmp", f"unix:{folder / name},server=on,wait=off"]
+    return words
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[pathlib.Path]:
+    """A folder of a short name: a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="posthoc-vm-", dir="/tmp") as name:
+        yield pathlib.Path(name)
 
 
 class Writer(threading.Thread):

@@ -211,6 +211,32 @@ async def test_cancelled_command_leaves_the_stream_whole() -> None:
         assert await monitor.execute("second") == "own"
 
 
+async def test_who_is_cancelled_can_still_take_things_back() -> None:
+    """A shielded command in the cleanup of what was cancelled gets its reply."""
+    replies = []
+
+    async def script(server: Server) -> None:
+        await server.answer(**{"return": "taken back"})
+
+    async def work(monitor: qmp.Monitor) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                replies.append(await monitor.execute("block-export-del"))
+
+    client_end, server_end = trio.testing.memory_stream_pair()
+    server = Server(server_end)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.greet)
+        with trio.CancelScope() as scope:
+            async with qmp.running(qmp.SocketMonitor("vm.sock", client_end)) as monitor:
+                nursery.start_soon(script, server)
+                scope.cancel()
+                await work(monitor)
+    assert replies == ["taken back"]
+
+
 async def test_cancel_while_sending_tears_no_line(autojump_clock: trio.testing.MockClock) -> None:
     """A cancel that comes while QEMU is slow to read waits for the end of the line."""
     client_end, server_end = trio.testing.lockstep_stream_pair()
@@ -387,7 +413,7 @@ async def test_real_qemu() -> None:
     with running.running() as vm:
         async with qmp.connect(vm.qmp) as monitor:
             assert monitor.peer is not None
-            assert monitor.peer.pid == vm.process.pid
+            assert monitor.peer.pid == vm.pid
             version = (await monitor.execute("query-version"))["qemu"]
             assert monitor.version == (version["major"], version["minor"], version["micro"])
             with pytest.raises(qmp.CommandError, match="nope"):

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scenarios of `attach` share: disks, the command, and a posthoc that meets a signal at a step."""
+
+import dataclasses
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+from tests import command, oracle, qemu
+from tests.posthoc.qemu import running
+
+SIZE = 32 << 20
+GRANULARITY = 64 << 10
+# Segments in which the disk differs from the reference before anything is attached.
+CHANGED = frozenset({3, 4, 100, 511})
+# With it a scan takes about a second.
+RATE = "32M"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A disk and the backup it is compared with."""
+
+    live: running.Disk
+    reference: pathlib.Path
+
+
+def pair(
+    folder: pathlib.Path,
+    format: str = "raw",  # noqa: A002
+    node: str = "disk0",
+) -> Pair:
+    """Make a reference, half of it data, and a disk that differs from it in CHANGED."""
+    reference, live = folder / f"{node}-reference.raw", folder / f"{node}.{format}"
+    data = random.Random(node).randbytes(SIZE // 2)
+    reference.write_bytes(data + bytes(SIZE // 2))
+    qemu.convert(reference, live, format)
+    writes = [f"write -P 1 {segment * GRANULARITY + 512} 512" for segment in sorted(CHANGED)]
+    qemu.io(live, *writes, format=format)
+    return Pair(running.Disk(node, live, format), reference)
+
+
+def server(vm: running.Qemu) -> list[str]:
+    """The options for a storage daemon whose NBD server the test writes through."""
+    return [] if vm.system else ["--nbd-server", str(vm.server)]
+
+
+def attach(
+    vm: running.Qemu, disks: Pair, *options: str, status: int | None = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run `posthoc attach` for one disk, whose bitmap is called backup0."""
+    return command.posthoc(
+        *("attach", "--qmp", vm.qmp, "--node", disks.live.node, "--bitmap", "backup0"),
+        *("--directory", private(vm), *options, disks.reference),
+        status=status,
+    )
+
+
+def private(vm: running.Qemu) -> pathlib.Path:
+    """The folder for private folders; empty when nothing is left behind."""
+    folder = vm.folder / "private"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def agree(vm: running.Qemu, disks: Pair) -> bool:
+    """Whether an incremental backup by the bitmap, over the reference, is the disk."""
+    return vm.backups_agree(disks.live.node, "backup0", (disks.reference, "raw"), SIZE)
+
+
+def missed(disks: Pair, dirty: set[int]) -> set[int]:
+    """The segments of a raw disk that differ and are not `dirty`."""
+    return oracle.differing(disks.live.path, disks.reference, GRANULARITY) - dirty
+
+
+# Sends a signal when posthoc logs a step as done: to itself, or to QEMU.
+_HOOK = """
+import logging, os, sys
+from posthoc import cli
+
+step, number, process, *arguments = sys.argv[1:]
+
+def look(record):
+    if record.getMessage() == step:
+        os.kill(int(process) or os.getpid(), int(number))
+    return record.levelno > logging.DEBUG
+
+logger = logging.getLogger("posthoc.sessions.attached")
+logger.setLevel(logging.DEBUG)
+logger.addFilter(look)
+sys.exit(cli.main(arguments))
+"""
+
+
+def attach_with_signal_at(
+    step: str,
+    number: signal.Signals,
+    vm: running.Qemu,
+    disks: Pair,
+    *options: str,
+    to_qemu: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run `posthoc attach` and send a signal when `step` is done."""
+    process = vm.pid if to_qemu else 0
+    words = ["attach", "--qmp", vm.qmp, "--node", disks.live.node, "--bitmap", "backup0"]
+    words += ["--directory", str(private(vm)), *options, str(disks.reference)]
+    return subprocess.run(
+        [sys.executable, "-c", _HOOK, step, str(int(number)), str(process), *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=command.TIMEOUT,
+        env=command.environment(),
+    )

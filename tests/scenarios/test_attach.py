@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`posthoc attach` on a real QEMU that is written to: nothing is missed, and nothing is left behind."""
+
+import json
+import pathlib
+import signal
+
+import nbd
+import pytest
+
+from posthoc.sessions import attached
+from tests import command, qemu, wait
+from tests.posthoc.qemu import running
+from tests.scenarios import attaching
+
+
+@pytest.mark.parametrize(
+    ("system", "format", "iothread"),
+    [
+        pytest.param(True, "raw", False, id="system-raw"),
+        pytest.param(True, "qcow2", False, id="system-qcow2"),
+        # Not the daemon: in an iothread its NBD server, by which the test writes, crashes below 9.0 as
+        # soon as any other export of the disk goes.
+        pytest.param(True, "raw", True, id="system-raw-iothread"),
+        pytest.param(False, "raw", False, id="daemon-raw"),
+        pytest.param(False, "qcow2", False, id="daemon-qcow2"),
+    ],
+)
+def test_writes_during_attach_are_all_in_the_bitmap(
+    tmp_path: pathlib.Path,
+    system: bool,
+    format: str,  # noqa: A002
+    iothread: bool,
+) -> None:
+    """With hundreds of writes a second all the while, the incremental over the reference is the disk.
+
+    Judges: QEMU's own blockdev-backup with qemu-img compare, and the bytes of a raw disk.
+    """
+    disks = attaching.pair(tmp_path, format)
+    options = ["--rate", attaching.RATE, "--json"]
+    options += ["--accept-iothread-risk"] if iothread else []
+    with running.running(disks.live, system=system, iothread=iothread) as vm:
+        with running.writing(vm, "disk0", attaching.SIZE) as writer:
+            before = writer.count
+            result = attaching.attach(vm, disks, *options, *attaching.server(vm))
+            during = writer.count - before
+            wait.until(lambda: writer.count > before + during + 20, "writes after it is done")
+        assert during > 100
+        (facts,) = json.loads(result.stdout)["disks"]
+        assert facts["state"] == "complete"
+        assert facts["persistent"] == (format == "qcow2")
+        bitmap = vm.bitmaps("disk0")
+        assert bitmap.keys() == {"backup0"}
+        assert bitmap["backup0"]["recording"]
+        assert bitmap["backup0"]["persistent"] == (format == "qcow2")
+        assert attaching.agree(vm, disks)
+        assert list(attaching.private(vm).iterdir()) == []
+    if format == "qcow2":
+        # As QEMU stored it when it ended.
+        dirty = qemu.dirty_segments(disks.live.path, attaching.GRANULARITY, "backup0")
+        raw = tmp_path / "live.raw"
+        qemu.convert(disks.live.path, raw, "raw", "qcow2")
+        flat = attaching.Pair(running.Disk("disk0", raw), disks.reference)
+        assert attaching.missed(flat, dirty) == set()
+
+
+def test_bitmap_added_after_the_diff_misses_what_was_written_between(
+    tmp_path: pathlib.Path,
+) -> None:
+    """The control: the wrong order fails the check that the right order passes."""
+    disks = attaching.pair(tmp_path)
+    diff = tmp_path / "diff.qcow2"
+    with running.running(disks.live, system=True) as vm:
+        address = {"type": "unix", "data": {"path": str(vm.folder / "nbd")}}
+        vm.client("nbd-server-start", {"addr": address})
+        vm.client("block-export-add", {"type": "nbd", "id": "e", "name": "e", "node-name": "disk0"})
+        uri = qemu.uri(vm.folder / "nbd", "e")
+        command.posthoc("diff", "-o", diff, uri, disks.reference, status=1)
+        vm.write("disk0", 200 * attaching.GRANULARITY, 4096, 7)
+        names = {"node": "disk0", "name": "backup0"}
+        vm.client("block-dirty-bitmap-add", {**names, "granularity": attaching.GRANULARITY})
+        vm.client("blockdev-add", running.Disk("map", diff, "qcow2").blockdev())
+        source = {"node": "map", "name": "posthoc"}
+        merge = {"node": "disk0", "target": "backup0", "bitmaps": [source]}
+        vm.client("block-dirty-bitmap-merge", merge)
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY
+        assert not attaching.agree(vm, disks)
+
+
+def test_quiet_disk_gives_the_exact_difference(tmp_path: pathlib.Path) -> None:
+    """With no writes the bitmap is the difference, segment by segment, and QEMU stores it so."""
+    disks = attaching.pair(tmp_path, "qcow2")
+    with running.running(disks.live) as vm:
+        before = vm.state()
+        attaching.attach(vm, disks)
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY
+        vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
+        assert vm.state() == before
+        attaching.attach(vm, disks)
+    dirty = qemu.dirty_segments(disks.live.path, attaching.GRANULARITY, "backup0")
+    assert dirty == attaching.CHANGED
+
+
+def test_several_disks_are_recorded_from_one_instant(tmp_path: pathlib.Path) -> None:
+    """Every disk's bitmap is right, and all began to record in one transaction."""
+    first, second = (attaching.pair(tmp_path, node=name) for name in ("disk0", "disk1"))
+    with running.running(first.live, second.live, system=True) as vm:
+        with (
+            running.writing(vm, "disk0", attaching.SIZE),
+            running.writing(vm, "disk1", attaching.SIZE),
+        ):
+            command.posthoc(
+                *("attach", "--qmp", vm.qmp, "--rate", "64M", "--directory", vm.folder),
+                *("--disk", f"disk0={first.reference}:backup0"),
+                *("--disk", f"disk1={second.reference}:backup0"),
+            )
+        for disks in (first, second):
+            assert attaching.agree(vm, disks)
+
+
+@pytest.mark.parametrize("step", attached.STEPS)
+def test_posthoc_killed_at_a_step_harms_nothing(tmp_path: pathlib.Path, step: str) -> None:
+    """QEMU runs on, knows no bitmap of that name that lacks a bit, and the next attach cleans up."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        before = vm.state()
+        killed = attaching.attach_with_signal_at(step, signal.SIGKILL, vm, disks)
+        assert killed.returncode == -signal.SIGKILL
+        vm.write("disk0", 200 * attaching.GRANULARITY, 4096, 7)
+        if "backup0" in vm.bitmaps("disk0"):
+            assert attaching.agree(vm, disks)
+        if step == "ended":
+            refused = attaching.attach(vm, disks, status=2)
+            assert "exists and is good" in refused.stderr
+        else:
+            attaching.attach(vm, disks)
+        assert attaching.agree(vm, disks)
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 5 * attaching.GRANULARITY
+        vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
+        assert vm.state() == before
+
+
+@pytest.mark.parametrize("step", ["recording", "exported", "scanned", "opened", "verifying"])
+def test_qemu_killed_at_a_step_is_one_clear_line(tmp_path: pathlib.Path, step: str) -> None:
+    """posthoc says that QEMU has gone, exits with 2 and removes its files."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        result = attaching.attach_with_signal_at(
+            step, signal.SIGKILL, vm, disks, "--rate", attaching.RATE, to_qemu=True
+        )
+        assert result.returncode == 2
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"posthoc: {vm.qmp}: QEMU ")
+        assert list(attaching.private(vm).iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["recording", "exported", "published"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_interrupted_attach_leaves_qemu_as_it_was(
+    tmp_path: pathlib.Path, step: str, number: signal.Signals
+) -> None:
+    """A signal ends it in order: no bitmap, node, export, server or file is left."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live) as vm:
+        before = vm.state()
+        result = attaching.attach_with_signal_at(step, number, vm, disks)
+        assert result.returncode == 130
+        assert result.stderr == "posthoc: interrupted: QEMU is left as it was found\n"
+        assert vm.state() == before
+        assert list(attaching.private(vm).iterdir()) == []
+
+
+def test_bitmap_kept_on_failure_has_every_bit(tmp_path: pathlib.Path) -> None:
+    """With --keep-on-failure what is left is valid, and said to be all ones."""
+    disks = attaching.pair(tmp_path, "qcow2")
+    with running.running(disks.live, system=True) as vm:
+        before = vm.state()
+        result = attaching.attach_with_signal_at(
+            "exported", signal.SIGINT, vm, disks, "--rate", "1M", "--keep-on-failure"
+        )
+        assert result.returncode == 130
+        assert "kept, with every bit set: backup0 of disk0" in result.stderr
+        bitmap = vm.bitmaps("disk0")["backup0"]
+        assert bitmap["count"] == attaching.SIZE
+        assert bitmap["recording"]
+        assert bitmap["persistent"]
+        assert attaching.agree(vm, disks)
+        vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
+        assert vm.state() == before
+
+
+def test_client_that_goes_takes_an_old_qemu_with_an_iothread_along(tmp_path: pathlib.Path) -> None:
+    """The danger that attach refuses is there below 9.0, in this very set-up, and not from 9.0 on."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True, iothread=True) as vm:
+        old = vm.client("query-version")["qemu"]["major"] < 9
+        address = {"type": "unix", "data": {"path": str(vm.folder / "nbd")}}
+        vm.client("nbd-server-start", {"addr": address})
+        vm.client("block-export-add", {"type": "nbd", "id": "e", "name": "e", "node-name": "disk0"})
+        reader = nbd.NBD()
+        reader.connect_uri(qemu.uri(vm.folder / "nbd", "e"))
+        reader.shutdown()
+        if old:
+            assert vm.process.wait(wait.DEADLINE) == -signal.SIGABRT
+        else:
+            assert vm.client("query-block-exports")
+
+
+def test_old_qemu_with_an_iothread_is_refused(tmp_path: pathlib.Path) -> None:
+    """Below 9.0 the reason and both ways out are told; from 9.0 on there is nothing to refuse."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True, iothread=True) as vm:
+        before = vm.state()
+        old = vm.client("query-version")["qemu"]["major"] < 9
+        result = attaching.attach(vm, disks, status=2 if old else 0)
+        if old:
+            for part in ("aborts the VM", "--reference-side-only", "--accept-iothread-risk"):
+                assert part in result.stderr
+            assert vm.state() == before
+
+
+def test_raw_file_read_beside_an_old_qemu_with_an_iothread(tmp_path: pathlib.Path) -> None:
+    """With --reference-side-only no client connects to QEMU, and still nothing is missed."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True, iothread=True) as vm:
+        with running.writing(vm, "disk0", attaching.SIZE):
+            attaching.attach(vm, disks, "--reference-side-only", "--rate", attaching.RATE)
+        assert attaching.agree(vm, disks)
+        assert "posthoc-" not in json.dumps(vm.client("query-named-block-nodes", {"flat": True}))

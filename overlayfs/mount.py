@@ -144,6 +144,10 @@ def _check_fuse(options: MountOptions) -> None:
     """Raise UserError for what libfuse would only print."""
     if not Path("/dev/fuse").exists():
         raise errors.UserError("/dev/fuse is missing: load the kernel's module fuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise errors.UserError(
+            "/dev/fuse cannot be opened by this user: mount as root, or chmod it 666"
+        )
     if os.geteuid() == 0:
         return
     if shutil.which(os.environ.get("POSTHOC_FUSERMOUNT", "fusermount3")) is None:

@@ -30,6 +30,7 @@ class Mounted:
     log: pathlib.Path
     granularity: int
     _pending: bytes = b""
+    _has_mounted: bool = False
 
     @property
     def disk(self) -> pathlib.Path:
@@ -47,6 +48,7 @@ class Mounted:
             self._pending += data
         line, _, self._pending = self._pending.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
+        self._has_mounted |= "mounted" in answer
         return answer
 
     def ask(self, name: str, *arguments: Any) -> Any:
@@ -79,6 +81,16 @@ class Mounted:
         self.process.send_signal(signal.SIGTERM)
         return self.end()
 
+    def close(self) -> None:
+        """End the process whatever has become of it, and its mount."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        if self._has_mounted and self.is_mounted():
+            subprocess.run(["umount", "--lazy", self.mountpoint], check=False)
+
     def is_mounted(self) -> bool:
         return f" {self.mountpoint} " in pathlib.Path("/proc/self/mountinfo").read_text()
 
@@ -90,7 +102,6 @@ def spawn(
     *,
     granularity: int = 65536,
     environment: Mapping[str, str] | None = None,
-    user: int | None = None,
     **config: Any,
 ) -> Mounted:
     """Start a server; its first line has not been read."""
@@ -105,7 +116,6 @@ def spawn(
             stdout=subprocess.PIPE,
             stderr=errors,
             env={**os.environ, **(environment or {})},
-            user=user,
         )
     return Mounted(process, live, mountpoint, record, log, granularity)
 
@@ -122,15 +132,4 @@ def serving(
         if mounted.process.poll() is None:
             assert mounted.terminate() == 0, mounted.log.read_text()
     finally:
-        close(mounted)
-
-
-def close(mounted: Mounted) -> None:
-    """End the process whatever has become of it."""
-    mounted.process.kill()
-    mounted.process.wait()
-    for pipe in (mounted.process.stdin, mounted.process.stdout):
-        assert pipe is not None
-        pipe.close()
-    if mounted.is_mounted():
-        subprocess.run(["umount", "--lazy", mounted.mountpoint], check=False)
+        mounted.close()

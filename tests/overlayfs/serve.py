@@ -34,6 +34,11 @@ class Held:
         self.gates = {name: threading.Event() for name in ("read", "before", "after")}
         self.waiting = dict.fromkeys(self.gates, 0)
         self._lock = threading.Lock()
+        self.open_all()
+        # A session that is being cancelled takes no commands any more.
+        signal.signal(signal.SIGUSR1, lambda *_: self.open_all())
+
+    def open_all(self) -> None:
         for gate in self.gates.values():
             gate.set()
 

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beginning and end of a mount: refused in one line, or gone when its process is."""
+
+import errno
+import mmap
+import os
+import pathlib
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+
+import pytest
+
+from tests import wait
+from tests.overlayfs import conftest, mounted
+
+NOBODY = 65534
+Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
+
+
+@contextmanager
+def spawned(
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, **config: object
+) -> Iterator[mounted.Mounted]:
+    """Start a server whose first line the test reads."""
+    it = mounted.spawn(tmp_path, live, mountpoint, **config)  # type: ignore[arg-type]
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+def script(path: pathlib.Path, body: str) -> pathlib.Path:
+    """Write a command that stands in for a tool."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def hang_up(descriptor: int) -> None:
+    """Close a descriptor whose server is gone: close(2) closes it, and says ENOTCONN."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+# Refused
+
+
+def test_mountpoint_that_is_not_empty(
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+) -> None:
+    """One line, nothing mounted, what was in the folder is untouched."""
+    (mountpoint / "mine").write_text("mine")
+    with spawned(tmp_path, live, mountpoint) as it:
+        assert it.line() == {"refused": f"{mountpoint}: the directory is not empty"}
+        it.end()
+        assert not it.is_mounted()
+    assert (mountpoint / "mine").read_text() == "mine"
+
+
+def test_mountpoint_that_is_mounted_already(mount: mounted.Mounted, tmp_path: pathlib.Path) -> None:
+    """A second session on one mountpoint is refused and the first goes on."""
+    folder = tmp_path / "second"
+    folder.mkdir()
+    other = conftest.fill(folder / "live", 1 << 20)
+    with spawned(folder, other, mount.mountpoint) as second:
+        line = second.line()["refused"]
+        assert line.startswith(f"{mount.mountpoint}: fuse.posthoc is mounted here already")
+        second.end()
+    assert mount.disk.stat().st_size == conftest.SIZE
+
+
+def test_two_mounts_at_a_time(mount: mounted.Mounted, tmp_path: pathlib.Path) -> None:
+    """Sessions of different processes do not disturb each other."""
+    folder = tmp_path / "second"
+    (folder / "mnt").mkdir(parents=True)
+    other = conftest.fill(folder / "live", 1 << 20)
+    with mounted.serving(folder, other, folder / "mnt") as second:
+        assert second.disk.read_bytes() == other.read_bytes()
+        assert mount.disk.read_bytes() == mount.live.read_bytes()
+    assert mount.disk.stat().st_size == conftest.SIZE
+
+
+def test_mount_that_does_not_answer_is_taken_away(
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+) -> None:
+    """started() is only said of a mount that a child's statfs got an answer from."""
+    broken = script(tmp_path / "stat", "exit 7")
+    environment = {"POSTHOC_STAT": str(broken)}
+    with spawned(tmp_path, live, mountpoint, environment=environment) as it:
+        line = it.line()["refused"]
+        assert line == f"{mountpoint}: the mount does not answer: {broken} ended with status 7"
+        it.end()
+        assert not it.is_mounted()
+
+
+def test_cancelled_while_the_mount_is_being_asked(
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+) -> None:
+    """SIGTERM during the start: a child that gets no answer is not waited for, the mount is gone."""
+    asked = tmp_path / "asked"
+    stuck = script(tmp_path / "stat", f"touch {asked}\nexec sleep 1000")
+    environment = {"POSTHOC_STAT": str(stuck)}
+    with spawned(tmp_path, live, mountpoint, environment=environment) as it:
+        wait.until(asked.exists, "the mount is being asked")
+        assert it.terminate() == 0
+        assert not it.is_mounted()
+
+
+# Ended from outside
+
+
+def test_umount_ends_it(serve: Serve) -> None:
+    """Who unmounts ends the session, with success."""
+    with serve() as mount:
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        assert mount.end() == 0
+        assert not mount.is_mounted()
+
+
+def test_umount_is_refused_while_a_file_is_open(serve: Serve) -> None:
+    """A guest that uses the disk keeps it; afterwards umount works."""
+    with serve() as mount:
+        with mount.disk.open("rb"):
+            done = subprocess.run(["umount", mount.mountpoint], capture_output=True, text=True)
+            assert "busy" in done.stderr
+            assert mount.disk.stat().st_size == conftest.SIZE
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        assert mount.end() == 0
+
+
+def test_lazy_umount_serves_open_files_until_they_are_closed(serve: Serve) -> None:
+    """Detached, the disk works for who has it open, writes are recorded, and then the session ends."""
+    with serve() as mount:
+        disk = os.open(mount.disk, os.O_RDWR)
+        try:
+            subprocess.run(["umount", "--lazy", mount.mountpoint], check=True)
+            assert not mount.is_mounted()
+            assert os.pwrite(disk, b"x" * 100, 70_000) == 100
+            assert os.pread(disk, 100, 70_000) == b"x" * 100
+            assert mount.written() == {1}
+            assert mount.process.poll() is None
+        finally:
+            os.close(disk)
+        assert mount.end() == 0
+
+
+def test_abort_of_the_connection_ends_it(serve: Serve, tmp_path: pathlib.Path) -> None:
+    """fusectl's abort leaves a dead mount behind; the session takes it away."""
+    control = tmp_path / "fusectl"
+    control.mkdir()
+    with serve() as mount:
+        device = os.stat(mount.mountpoint).st_dev
+        subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+        try:
+            (control / str(os.minor(device)) / "abort").write_text("1")
+        finally:
+            subprocess.run(["umount", control], check=True)
+        assert mount.end() == 0
+        assert not mount.is_mounted()
+
+
+def test_dirty_pages_of_a_mapping_are_written_at_the_end(serve: Serve) -> None:
+    """What was written through a mapping is in the image when umount has returned."""
+    with serve() as mount:
+        disk = os.open(mount.disk, os.O_RDWR)
+        with mmap.mmap(disk, 0) as mapping:
+            mapping[200_000:200_004] = b"late"
+            os.close(disk)
+        subprocess.run(["umount", mount.mountpoint], check=True)
+        assert mount.end() == 0
+        assert mount.live.read_bytes()[200_000:200_004] == b"late"
+        assert mount.written() == {200_000 // 65536}
+
+
+# Ended by a signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_signal_unmounts(serve: Serve, number: signal.Signals) -> None:
+    """Cancelled, it unmounts and ends well."""
+    with serve() as mount:
+        mount.process.send_signal(number)
+        assert mount.end() == 0
+        assert not mount.is_mounted()
+
+
+def test_signal_while_a_file_is_open(serve: Serve) -> None:
+    """The mount goes all the same; who has the disk open gets an error, never a hang."""
+    with serve() as mount:
+        disk = os.open(mount.disk, os.O_RDWR | os.O_DIRECT)
+        try:
+            assert mount.terminate() == 0
+            assert not mount.is_mounted()
+            with pytest.raises(OSError) as error:
+                os.pread(disk, 4096, 0)
+            assert error.value.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EINVAL)
+        finally:
+            hang_up(disk)
+
+
+def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
+    """A write that has reached us lands whole, is marked, and is answered before the process ends."""
+    with serve() as mount:
+        mount.ask("close_gate", "before")
+        write = ["dd", "if=/dev/zero", f"of={mount.disk}", "bs=64K", "count=1", "seek=3"]
+        with subprocess.Popen([*write, "oflag=direct", "conv=notrunc", "status=none"]) as writer:
+            try:
+                mount.wait_until_waiting("before")
+                mount.process.send_signal(signal.SIGTERM)
+                wait.until(lambda: not mount.is_mounted(), "detached")
+                assert mount.process.poll() is None
+            finally:
+                mount.process.send_signal(signal.SIGUSR1)
+            assert writer.wait(wait.DEADLINE) == 0
+        assert mount.end() == 0
+        assert mount.live.read_bytes()[3 * 65536 : 4 * 65536] == bytes(65536)
+        assert mount.written() == {3}
+
+
+def test_signal_under_load(serve: Serve) -> None:
+    """Writers that never stop get an error in the end, and what changed is in the bitmap."""
+    with serve() as mount:
+        before = mount.live.read_bytes()
+        program = (
+            "import os,sys\n"
+            "disk = os.open(sys.argv[1], os.O_RDWR)\n"
+            "print('begun', flush=True)\n"
+            "n = int(sys.argv[2])\n"
+            "while True:\n"
+            "    n = (n * 1103515245 + 12345) % 8388608\n"
+            "    os.pwrite(disk, n.to_bytes(4, 'little') * 300, n)\n"
+        )
+        writers = [
+            subprocess.Popen(
+                ["python3", "-c", program, mount.disk, str(seed)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            for seed in (1, 2, 3)
+        ]
+        try:
+            for writer in writers:
+                assert writer.stdout is not None
+                assert writer.stdout.readline() == b"begun\n"
+            wait.until(lambda: len(mount.written()) > 20, "writes arrive")
+            assert mount.terminate() == 0
+            assert not mount.is_mounted()
+            assert [writer.wait(wait.DEADLINE) for writer in writers] == [1, 1, 1]
+        finally:
+            for writer in writers:
+                writer.kill()
+                writer.communicate()
+        after = mount.live.read_bytes()
+        changed = {i for i in range(129) if before[i << 16 :][:65536] != after[i << 16 :][:65536]}
+        assert changed
+        assert changed <= mount.written()
+
+
+def test_killed_process_leaves_a_dead_mount_that_umount_takes_away(serve: Serve) -> None:
+    """SIGKILL gives nobody the time to unmount; no thread of the process hangs on its own mount."""
+    with serve() as mount:
+        mount.process.kill()
+        assert mount.end() == -signal.SIGKILL
+        with pytest.raises(OSError) as error:
+            os.stat(mount.disk)
+        assert error.value.errno == errno.ENOTCONN
+        subprocess.run(["umount", mount.mountpoint], check=True)
+
+
+# Broken
+
+
+def test_failing_data_path_is_unmounted_and_told(serve: Serve) -> None:
+    """A bug ends in a traceback, and with nothing mounted."""
+    with serve() as mount:
+        mount.ask("fail_run")
+        assert mount.end() == 1
+        assert not mount.is_mounted()
+        assert "RuntimeError: the data path has failed" in mount.log.read_text()
+
+
+def test_failing_data_path_while_a_file_is_open(serve: Serve) -> None:
+    """The same with a reader at work: it gets an error and never hangs."""
+    with serve() as mount:
+        disk = os.open(mount.disk, os.O_RDONLY | os.O_DIRECT)
+        outcome: list[object] = []
+
+        def read() -> None:
+            with mmap.mmap(-1, 4096) as buffer, suppress(OSError):
+                while True:
+                    os.preadv(disk, [buffer], 0)
+            outcome.append("ended")
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            mount.ask("fail_run")
+            assert mount.end() == 1
+            assert not mount.is_mounted()
+            reader.join(wait.DEADLINE)
+            assert outcome == ["ended"]
+        finally:
+            hang_up(disk)
+
+
+# Access
+
+
+def test_only_the_mounting_user_sees_it(mount: mounted.Mounted) -> None:
+    """Without allow_other another user's stat is EACCES, whatever the modes say."""
+    assert _as_nobody(mount.mountpoint) == "Permission denied"
+
+
+def test_allow_other_lets_others_in_as_far_as_the_modes_say(serve: Serve) -> None:
+    """With allow_other anybody reads status; the disk is still its owner's."""
+    with serve(allow_other=True) as mount:
+        assert _as_nobody(mount.mountpoint / "status") == ""
+        assert _as_nobody(mount.disk) == "Permission denied"
+
+
+def _as_nobody(path: pathlib.Path) -> str:
+    """Return what `cat` or `ls` says when nobody asks for `path`."""
+    # pytest's folders are closed to others: nobody comes in through a descriptor of its parent.
+    tool = "cat" if path.name in ("status", "disk") else "ls"
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", tool, path.name],
+            cwd=f"/proc/self/fd/{descriptor}",
+            pass_fds=[descriptor],
+            capture_output=True,
+            text=True,
+            env={"LC_ALL": "C", "PATH": os.environ["PATH"]},
+        )
+    finally:
+        os.close(descriptor)
+    return done.stderr.strip().rpartition(": ")[2]
+
+
+@pytest.fixture
+def users_folder() -> Iterator[pathlib.Path]:
+    """A folder of nobody's. (pytest's are root's alone, and their parents let no other user through.)"""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="posthoc-nobody-"))
+    (folder / "mnt").mkdir()
+    conftest.fill(folder / "live", 1 << 20)
+    for path in (folder, folder / "mnt", folder / "live"):
+        os.chown(path, NOBODY, NOBODY)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def run_as_user(folder: pathlib.Path, device_mode: int) -> str:
+    """Run tests/overlayfs/as_user.py as nobody, who sees a /dev/fuse of `device_mode`."""
+    node = folder / "fuse"
+    os.mknod(node, stat.S_IFCHR | device_mode, os.stat("/dev/fuse").st_rdev)
+    node.chmod(device_mode)
+    # In a namespace of its own: what the machine's /dev/fuse allows is not changed for others.
+    bind = 'mount --bind "$1" /dev/fuse && shift && exec "$@"'
+    command = ["unshare", "--mount", "--", "sh", "-c", bind, "sh", str(node)]
+    command += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    command += [sys.executable, "-m", "tests.overlayfs.as_user", str(folder)]
+    done = subprocess.run(command, cwd=mounted.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def test_mounting_without_root(users_folder: pathlib.Path) -> None:
+    """Another user mounts and unmounts through fusermount3, with the same behaviour."""
+    assert run_as_user(users_folder, 0o666) == "done"
+
+
+def test_device_that_the_user_may_not_open(users_folder: pathlib.Path) -> None:
+    """One line says so."""
+    said = run_as_user(users_folder, 0o600)
+    assert said.startswith("refused: /dev/fuse cannot be opened by this user: ")

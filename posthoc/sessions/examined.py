@@ -80,6 +80,10 @@ async def examine(
         target = _target(number, wish, node, request, left)
         carrier.layout(node.size, target.granularity)  # what no carrier can hold is said now
         await _check_reading(monitor, node, request)
+        if os.path.isabs(node.filename) and images.same_file(node.filename, wish.reference):
+            raise errors.UserError(
+                f"{wish.reference} is the file of {node.name} itself: nothing can be compared"
+            )
         reference = await trio.to_thread.run_sync(
             lambda wish=wish: images.open_reference(wish.reference, options=request.options)  # type: ignore[misc]
         )

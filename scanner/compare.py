@@ -35,9 +35,14 @@ def buffer(length: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, length), np.uint8)
 
 
+def same_memory(a: int, b: int, length: int) -> bool:
+    """Return whether `length` bytes at two addresses are the same; for buffers that stay where they are."""
+    return bool(_memcmp(a, b, length) == 0)
+
+
 def same(a: Bytes, b: Bytes) -> bool:
     """Return whether two contiguous buffers of equal length hold the same bytes."""
-    return bool(_memcmp(a.ctypes.data, b.ctypes.data, len(a)) == 0)
+    return same_memory(a.ctypes.data, b.ctypes.data, len(a))
 
 
 def zero(a: Bytes) -> bool:

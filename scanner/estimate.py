@@ -134,7 +134,7 @@ def estimate(
     data = _data(live, began + seconds / 3, clock)
     units = np.array([-(-run.length // unit) for run in runs], np.int64)
     stock = _Stock(tuple(runs), np.cumsum(units), unit)
-    desk = _Desk(live, reference, granularity, max(unit, plan.CHUNK))
+    desk = _Desk(live, reference, granularity)
     try:
         drawn, differing = _sample(
             desk, stock, samples, generator, clock() + max(seconds / 2, 0.1), clock
@@ -192,13 +192,10 @@ def _data(live: base.Image, deadline: float, clock: Clock) -> int:
 class _Desk:
     """Readers, one a thread, and what they could not read."""
 
-    def __init__(
-        self, live: base.Image, reference: base.Image, granularity: int, length: int
-    ) -> None:
+    def __init__(self, live: base.Image, reference: base.Image, granularity: int) -> None:
         self.live = live
         self._reference = reference
         self._granularity = granularity
-        self._length = length
         self._local = threading.local()
         self._lock = threading.Lock()
         self.unreadable = 0
@@ -211,7 +208,7 @@ class _Desk:
         """Return whether anything in the run differs or cannot be read; raises GoneError."""
         if not hasattr(self._local, "reader"):
             self._local.reader = reader.Reader(
-                self.live, self._reference, self._granularity, self._length, self._report
+                self.live, self._reference, self._granularity, self._report
             )
         return bool(self._local.reader.differing(*where).any())
 

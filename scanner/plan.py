@@ -35,8 +35,8 @@ ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING = "zeros", "one-side", "written", "r
 # The order is part of the layout of Decisions' buffer: only append.
 REASONS = (ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING)
 
-# How much is read at once from each image; small enough for the nearer caches, large enough for a device.
-CHUNK = 1 << 20
+# How much a worker takes at once; the controls are looked at in between. The reader reads it in pieces.
+CHUNK = 2 << 20
 
 # A shortcut that saves less than this between two reads is not taken: a chunk costs about as much beyond its
 # bytes (locks, two calls, bits) as reading so many.
@@ -166,7 +166,7 @@ class Plan:
             start = run.start
             while start < run.end:
                 end = min(_down(start, step) + step, run.end)
-                yield replace(run, start=start, end=end)
+                yield Run(start, end, run.kind, run.reason)
                 start = end
 
     def _next_window(self, start: int, end: int) -> Iterator[Run]:

@@ -14,13 +14,17 @@ from scanner import compare, plan, progress
 
 LIVE, REFERENCE = "live", "reference"
 
+# Read and compared at once: both buffers stay in a core's own cache (512 KiB took 0.27 s of CPU for 1 GiB of each
+# side, 2 MiB 0.34 s, reading alone 0.26 s).
+PIECE = 512 << 10
+
 Report = Callable[[progress.ScanError], None]
 
 
 class Reader:
     """Reads runs of both images and compares them at `granularity`; for one thread.
 
-    `length` is the longest run it is asked for, `report` is told of each segment that cannot be read.
+    `report` is told of each segment that cannot be read.
     """
 
     def __init__(
@@ -28,19 +32,25 @@ class Reader:
         live: base.Image,
         reference: base.Image,
         granularity: int,
-        length: int,
         report: Report,
     ) -> None:
         self._images = {LIVE: live, REFERENCE: reference}
-        self._buffers = {side: compare.buffer(length) for side in self._images}
-        self._views = {side: buffer.data for side, buffer in self._buffers.items()}
-        self._granularity = granularity
+        self._granularity = self._unit = granularity
         self._hashed = reference if isinstance(reference, base.HashedImage) else None
+        if self._hashed is not None:
+            self._unit = max(granularity, self._hashed.granularity)
+        self._piece = max(PIECE, self._unit)
+        self._buffers = {side: compare.buffer(self._piece) for side in self._images}
+        self._views = {side: buffer.data for side, buffer in self._buffers.items()}
+        self._at_live, self._at_reference = (
+            self._buffers[side].ctypes.data for side in (LIVE, REFERENCE)
+        )
         self._report = report
 
     def differing(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
         """Return for each segment of a run whether it differs or cannot be read.
 
+        The run begins at a multiple of the granularity, or of a reference's larger blocks.
         Raises GoneError when an image cannot be reached any more.
         """
         try:
@@ -51,9 +61,7 @@ class Reader:
             return self._one_by_one(start, length, kind)
 
     def _one_by_one(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
-        step = self._granularity
-        if self._hashed is not None and kind is not plan.Kind.LIVE:
-            step = max(step, self._hashed.granularity)
+        step = self._granularity if kind is plan.Kind.LIVE else self._unit
         masks = []
         for at in range(start, start + length, step):
             part = min(step, start + length - at)
@@ -84,9 +92,19 @@ class Reader:
         return (LIVE, REFERENCE)
 
     def _differing(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
-        for side in self._needed(kind):
-            self._read(side, start, length)
-        return self._compare(start, length, kind)
+        mask = np.zeros(-(-length // self._granularity), np.bool_)
+        needed = self._needed(kind)
+        for at in range(0, length, self._piece):
+            part = min(self._piece, length - at)
+            for side in needed:
+                self._read(side, start + at, part)
+            if len(needed) == 2 and compare.same_memory(self._at_live, self._at_reference, part):
+                # The usual case, and all that most of a disk costs.
+                continue
+            first = at // self._granularity
+            found = self._compare(start + at, part, kind)
+            mask[first : first + len(found)] = found
+        return mask
 
     def _read(self, side: str, start: int, length: int) -> None:
         """Fill the side's buffer; beyond the image's end there are zeros."""

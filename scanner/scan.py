@@ -209,7 +209,6 @@ class Scan:
                 self._live,
                 self._reference,
                 self.decisions.granularity,
-                max(self._tuning.chunk, self._unit),
                 self._note_error,
             )
             rested = 0.0

@@ -20,10 +20,10 @@ def disk(*values: int, tail: int = 0) -> fakes.MemoryImage:
 
 
 def desk(
-    live: fakes.MemoryImage, reference: fakes.MemoryImage, length: int = 1 << 16
+    live: fakes.MemoryImage, reference: fakes.MemoryImage
 ) -> tuple[reader.Reader, list[progress.ScanError]]:
     told: list[progress.ScanError] = []
-    return reader.Reader(live, reference, G, length, told.append), told
+    return reader.Reader(live, reference, G, told.append), told
 
 
 def test_each_kind_reads_what_it_needs_and_no_more() -> None:
@@ -136,3 +136,17 @@ def test_a_block_that_cannot_be_read_is_dirty_as_a_whole() -> None:
     read, told = desk(live, reference)
     assert read.differing(0, 8 * G, Kind.COMPARE).tolist() == [False] * 4 + [True] * 4
     assert told == [progress.ScanError("live", 4 * G, 4 * G, errno.EIO)]
+
+
+def test_a_run_longer_than_a_piece_is_read_in_pieces() -> None:
+    """Every piece's segments land in their place, the last piece's too."""
+    size = 2 * reader.PIECE + 5 * G + 3
+    live = fakes.MemoryImage(bytearray(size))
+    reference = fakes.MemoryImage(bytearray(size))
+    expected = [0, reader.PIECE // G, 2 * reader.PIECE // G - 1, size // G]
+    for segment in expected:
+        live.content[segment * G + 1] = 1
+    read, _ = desk(live, reference)
+    for kind in (Kind.COMPARE, Kind.LIVE):
+        assert read.differing(0, size, kind).nonzero()[0].tolist() == expected
+    assert {length for _, length in live.reads} == {reader.PIECE, 5 * G + 3}

@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(report.as_json({"disks": facts}))
     else:
         sys.stdout.write("\n".join(report.as_text(disk) for disk in facts))
-        _say_what_for(outcomes)
+        _say_what_for(outcomes, request)
     return max(_tell(outcome) for outcome in outcomes)
 
 
@@ -257,14 +257,19 @@ def _facts(wish: examined.Wish, outcome: attached.Outcome) -> dict[str, Any]:
     }
 
 
-def _say_what_for(outcomes: list[attached.Outcome]) -> None:
+def _say_what_for(outcomes: list[attached.Outcome], request: examined.Request) -> None:
     for outcome in outcomes:
         target = outcome.disk.target
         print(
-            f"\n{target.bitmap} of {target.node} records. An incremental backup over the reference:\n"
-            f'  blockdev-backup {{"device": "{target.node}", "target": NODE, "sync": "incremental", '
-            f'"bitmap": "{target.bitmap}"}}'
+            f"\n{target.bitmap} of {target.node} records. An incremental backup over the reference:"
         )
+        if request.checkpoint:
+            print(f"  virsh backup-begin with <incremental>{target.bitmap}</incremental>")
+        else:
+            print(
+                f'  blockdev-backup {{"device": "{target.node}", "target": NODE, "sync": '
+                f'"incremental", "bitmap": "{target.bitmap}"}}'
+            )
 
 
 def _tell(outcome: attached.Outcome) -> int:

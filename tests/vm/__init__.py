@@ -5,5 +5,6 @@
     initramfs.py   the guest's root: an archive in memory
     guest.py       QEMU with both and one disk; its serial console is the log
 
-`python -m tests.vm fetch` downloads what is missing; `python -m tests.vm boot DISK SCRIPT` runs one.
+`python -m tests.vm fetch` downloads what is missing; `python -m tests.vm boot DISK SCRIPT` runs one,
+under KVM where a guest is seen to start and end under it.
 """

@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
             # Ends the block below in order, and with it QEMU.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
             try:
-                with guest.boot(disk, pathlib.Path(script).read_text()) as running:
+                text = pathlib.Path(script).read_text()
+                with guest.boot(disk, text, accelerator=guest.best_accelerator()) as running:
                     print(running.wait(), end="")
             except guest.GuestFailedError as error:
                 print(error, file=sys.stderr)

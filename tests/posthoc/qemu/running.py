@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import nbd
@@ -263,7 +263,9 @@ class Qemu:
 
 
 @contextlib.contextmanager
-def running(*disks: Disk, system: bool = False, iothread: bool = False) -> Iterator[Qemu]:
+def running(
+    *disks: Disk, system: bool = False, iothread: bool = False, arguments: Sequence[str] = ()
+) -> Iterator[Qemu]:
     """Run qemu-storage-daemon, or qemu-system, over `disks`; in an iothread when asked."""
     with folder() as where:
         command = _system(where) if system else _storage_daemon(where)
@@ -274,6 +276,7 @@ def running(*disks: Disk, system: bool = False, iothread: bool = False) -> Itera
             # A node in an iothread has no device: its guest would have to start it for that.
             if system and not iothread:
                 command += ["-device", f"virtio-blk-pci,drive={disk.node},id=dev-{disk.node}"]
+        command += arguments
         with (where / "log").open("wb") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=where

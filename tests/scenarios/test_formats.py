@@ -10,7 +10,9 @@ import itertools
 import pathlib
 import random
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import NamedTuple
 
 import pytest
@@ -185,11 +187,12 @@ def _scanned(live: base.Image, reference: base.Image, *, read_all: bool = False)
     trio.run(work.run)
     assert work.statistics().state == progress.COMPLETE
     assert work.statistics().error_count == 0
-    return {
-        segment
-        for first, count in decisions.map().runs()
-        for segment in range(first, first + count)
-    }
+    return _segments(decisions)
+
+
+def _segments(decisions: scan.Decisions) -> set[int]:
+    runs = decisions.map().runs()
+    return {segment for first, count in runs for segment in range(first, first + count)}
 
 
 @pytest.mark.parametrize("live", KINDS)
@@ -257,40 +260,10 @@ def test_a_disk_of_any_format_is_mounted_and_written(
 def test_a_server_that_goes_away_for_a_moment_costs_nothing(disks: tuple[Disk, Disk]) -> None:
     """The scan goes on where it was; segments in doubt are read again."""
     expected = oracle.differing(disks[0].content, disks[1].content, GRANULARITY)
-    with tempfile.TemporaryDirectory(prefix="posthoc-f-", dir="/tmp") as folder:
-        arguments = ("file", disks[1].content)
-        with nbdkit.Server(pathlib.Path(folder), *arguments) as server:
-            reference = images.open(server.uri)
-            live = Interrupted(disks[0].images["raw"], server, arguments)
-            try:
-                assert _scanned(live, reference, read_all=True) == expected
-            finally:
-                reference.close()
-            assert live.interruptions == 1
-
-
-class Interrupted:
-    """A live image whose third read finds the reference's server killed and started anew."""
-
-    def __init__(
-        self, image: base.Image, server: nbdkit.Server, arguments: tuple[str | pathlib.Path, ...]
-    ) -> None:
-        self.name, self.size = image.name, image.size
-        self._image = image
-        self._server = server
-        self._arguments = arguments
-        # One step for the interpreter, whichever of the scan's threads reads.
-        self._reads = itertools.count(1)
-        self.interruptions = 0
-        self.extents = image.extents
-        self.close = image.close
-
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        if next(self._reads) == 3:
-            self.interruptions += 1
-            self._server.kill()
-            self._server.start(*self._arguments)
-        self._image.read_into(start, buffer)
+    with _interrupted(disks, comes_back=True) as (work, decisions):
+        trio.run(work.run)
+        assert (work.statistics().state, work.statistics().failure) == (progress.COMPLETE, None)
+        assert _segments(decisions) == expected
 
 
 def test_a_reference_lost_for_good_leaves_a_valid_map(
@@ -299,26 +272,67 @@ def test_a_reference_lost_for_good_leaves_a_valid_map(
     """The scan ends as failed; what it had not decided is dirty, nothing that differs is missing."""
     monkeypatch.setattr(export, "PAUSES", (0.0,))
     expected = oracle.differing(disks[0].content, disks[1].content, GRANULARITY)
-    with tempfile.TemporaryDirectory(prefix="posthoc-f-", dir="/tmp") as folder:
-        with nbdkit.Server(pathlib.Path(folder), "file", disks[1].content) as server:
-            reference = images.open(server.uri)
-            live = Lost(disks[0].images["raw"], server, ())
-            decisions = scan.Decisions(live.size, GRANULARITY)
-            work = scan.Scan(live, reference, decisions, read_all=True)
-            trio.run(work.run)
+    with _interrupted(disks, comes_back=False) as (work, decisions):
+        trio.run(work.run)
+        now = work.statistics()
+        assert now.state == progress.FAILED
+        assert now.failure
+        assert 0 < now.undecided < SIZE
+        assert expected <= _segments(decisions)
+
+
+@contextlib.contextmanager
+def _interrupted(
+    disks: tuple[Disk, Disk], *, comes_back: bool
+) -> Iterator[tuple[scan.Scan, scan.Decisions]]:
+    """A scan whose reference's server is killed in the middle, and started anew where it comes back."""
+    decisions = scan.Decisions(SIZE, GRANULARITY)
+    arguments = ("file", disks[1].content)
+    with (
+        tempfile.TemporaryDirectory(prefix="posthoc-f-", dir="/tmp") as folder,
+        nbdkit.Server(pathlib.Path(folder), *arguments) as server,
+        futures.ThreadPoolExecutor(1) as starter,
+    ):
+        # A scan's threads step back for everybody; a server started by one would do so too, and on a
+        # busy machine not be back in time.
+        starter.submit(bool).result()
+
+        def interrupt() -> None:
+            server.kill()
+            if comes_back:
+                server.start(*arguments)
+
+        def is_under_way() -> bool:
+            return not decisions.unscanned.all(0, decisions.unscanned.segments)
+
+        live = Interrupted(
+            disks[0].images["raw"], is_under_way, lambda: starter.submit(interrupt).result()
+        )
+        reference = images.open(server.uri)
+        try:
+            yield scan.Scan(live, reference, decisions, read_all=True), decisions
+        finally:
             reference.close()
-    now = work.statistics()
-    assert now.state == progress.FAILED
-    assert now.failure
-    assert 0 < now.undecided < SIZE
-    dirty = {at for first, count in decisions.map().runs() for at in range(first, first + count)}
-    assert expected <= dirty
+        assert live.done
 
 
-class Lost(Interrupted):
-    """The server is killed and stays away."""
+class Interrupted:
+    """A live image of which one read, the first after `when` holds, does something else before."""
+
+    def __init__(
+        self, image: base.Image, when: Callable[[], bool], act: Callable[[], None]
+    ) -> None:
+        self.name, self.size = image.name, image.size
+        self._image = image
+        self._when, self._act = when, act
+        self._lock = threading.Lock()
+        self.done = False
+        self.extents = image.extents
+        self.close = image.close
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        if next(self._reads) == 3:
-            self._server.kill()
+        with self._lock:
+            if not self.done and self._when():
+                self.done = True
+                self._act()
         self._image.read_into(start, buffer)

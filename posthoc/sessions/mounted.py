@@ -15,6 +15,7 @@ import functools
 import logging
 import os
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ import numpy as np
 import trio
 
 from dirtymap import bitmap, errors, state
-from dirtymap.images import file
+from dirtymap.images import base, file
 from dirtymap.qcow2 import carrier
 from overlayfs import datapath, filesystem, mount, recorder
 from overlayfs.datapath import native
@@ -146,6 +147,7 @@ class Session:
         self._legacy = legacy
         self._parameters = parameters
         self._notes = images.notes
+        self._live = images.live
         self._way = way
         self._adopted = adopted
         self._note = note
@@ -207,7 +209,10 @@ class Session:
     ) -> None:
         """Serve the mount until it is unmounted or `_unmount` is cancelled; then end the session."""
         served = filesystem.Filesystem(
-            self._way.disk, self._files(), read_only=self._parameters.read_only
+            self._way.disk,
+            self._files(),
+            read_only=self._parameters.read_only,
+            owner=_owner(self._live) if self._parameters.allow_other else None,
         )
         options = datapath.MountOptions(
             allow_other=self._parameters.allow_other, read_only=self._parameters.read_only
@@ -382,6 +387,17 @@ class Session:
                 exits.READ_ERROR, f"{now.error_count} places could not be read: they count as dirty"
             )
         return state.End(exits.DONE, "")
+
+
+def _owner(live: base.Image) -> filesystem.Owner | None:
+    """Return who owns the disk in a mount that others reach: whoever may use the image itself may use it there.
+
+    None, the mounting user alone, where the image is no file or device.
+    """
+    if not isinstance(live, file.FileImage):
+        return None
+    status = os.fstat(live.fd)
+    return filesystem.Owner(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode) & 0o666)
 
 
 def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:

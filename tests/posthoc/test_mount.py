@@ -285,7 +285,14 @@ def test_only_the_mounting_user_sees_it(tmp_path: Path, mountpoint: Path) -> Non
             parent.chmod(parent.stat().st_mode | 0o011)
     with command.mounted(live, reference, mountpoint):
         assert subprocess.run(look, capture_output=True).returncode != 0
+    os.chown(live, 65534, 65534)
+    live.chmod(0o640)
     with command.mounted(live, reference, mountpoint, "--allow-other"):
+        # As with the image itself: its owner may use the disk, whoever mounted it.
+        disk = (mountpoint / "disk").stat()
+        assert (disk.st_uid, disk.st_gid, stat.S_IMODE(disk.st_mode)) == (65534, 65534, 0o640)
+        as_owner = [*look[:-2], "dd", f"if={mountpoint / 'disk'}", "of=/dev/null", "count=1"]
+        assert subprocess.run(as_owner, capture_output=True).returncode == 0
         assert subprocess.run(look, capture_output=True, text=True).stdout.split() == [
             "control",
             "dirty.qcow2",

@@ -251,8 +251,12 @@ def test_an_interrupted_mount_command_leaves_nothing(tmp_path: Path, mountpoint:
     )
     env = command.environment()
     env["PYTHONPATH"] = f"{hook}:{env['PYTHONPATH']}"
+    # As in a terminal: what is started in the background of a shell script ignores SIGINT.
+    terminal = ["env", "--default-signal=INT"]
     starting = subprocess.Popen(
-        command.words("mount", live, reference, mountpoint), env=env, stderr=subprocess.PIPE
+        [*terminal, *command.words("mount", live, reference, mountpoint)],
+        env=env,
+        stderr=subprocess.PIPE,
     )
     fifo.read_text()
     starting.send_signal(signal.SIGINT)

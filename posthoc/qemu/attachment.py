@@ -3,7 +3,6 @@
 
 Names are recognisable, so that the next session finds what a killed one has left (leftovers.py):
 
-    posthoc-TOKEN-server         a node of no bytes: this session may have started the NBD server
     posthoc-TOKEN-live-N         the export of disk N
     posthoc-TOKEN-map-N          the node over the carrier of disk N
     posthoc-TOKEN-for-BITMAP     the recording bitmap, which becomes BITMAP at the end
@@ -23,7 +22,7 @@ from typing import Any
 from posthoc.qemu import qmp, survey
 from posthoc.qemu import undo as ways_back
 
-NAME = re.compile(r"posthoc-([0-9a-f]{8})-(server|live-\d+|map-\d+|for-.*|copy)", re.DOTALL)
+NAME = re.compile(r"posthoc-([0-9a-f]{8})-(live-\d+|map-\d+|for-.*|copy)", re.DOTALL)
 LONGEST_BITMAP_NAME = 1023 - len("posthoc-01234567-for-")
 # Between two looks at the exports where no event comes (libvirt's monitor).
 _PAUSE = 0.05
@@ -84,27 +83,23 @@ class Attachment:
             )
 
     async def serve(self, socket: str) -> None:
-        """Start QEMU's NBD server on a unix socket; CommandError when it runs for somebody else."""
-        marker = f"{self._prefix}server"
-        self.undo.plan(f"remove node {marker}", functools.partial(remove_node, name=marker))
-        # First, so that the next session knows that this one got as far (leftovers.py).
-        null = {"driver": "null-co", "node-name": marker, "size": 0, "read-only": True}
-        await self.monitor.execute("blockdev-add", {**null, "read-zeroes": True})
+        """Start QEMU's NBD server on a unix socket; CommandError when it runs for somebody else.
+
+        The recording bitmap is there by now: by its name and the socket's file the next session knows whose
+        the server was (leftovers.remove).
+        """
         address = {"type": "unix", "data": {"path": socket}}
+        self.undo.plan("stop the NBD server", stop_server)
         try:
             await self.monitor.execute("nbd-server-start", {"addr": address})
         except qmp.CommandError:
+            # Refused: one that runs is another's to stop.
+            self.undo.forget("stop the NBD server")
             raise
-        except BaseException:
-            # Cancelled or timed out, hence perhaps started; refused, it would be another's to stop.
-            self.undo.plan("stop the NBD server", stop_server)
-            raise
-        self.undo.plan("stop the NBD server", stop_server)
 
     async def stop_serving(self) -> None:
         """Stop the NBD server."""
         await self.undo.take(self.monitor, "stop the NBD server")
-        await self.undo.take(self.monitor, f"remove node {self._prefix}server")
 
     async def export(self, target: Target, bitmaps: Sequence[str] = ()) -> None:
         """Export the node of `target` read-only; unexport() before closing what reads it."""

@@ -186,6 +186,7 @@ class Session:
             maps = [scanned.decisions.map() for scanned in scans]
             await self._publish(maps)
             held = await self._verify_all(maps)
+            await self._look_for_snapshots()
         except BaseException:
             if recorded and self.request.keep_on_failure:
                 await self._keep_everything()
@@ -305,6 +306,17 @@ class Session:
                 raise _lacking(target)
             held.append(found.count)
         return held
+
+    async def _look_for_snapshots(self) -> None:
+        """Tell of disks whose guest writes elsewhere by now: its bitmap is right, and not of what comes."""
+        tops = set((await survey.devices(self.monitor)).values())
+        for disk in self.disks:
+            if disk.on_top and disk.target.node not in tops:
+                log.warning(
+                    "%s is not the guest's node any more (a snapshot was taken meanwhile?): what is written "
+                    "since is not in its bitmap",
+                    disk.target.node,
+                )
 
     # When it fails
 

@@ -17,6 +17,9 @@ from dirtymap.qcow2 import carrier
 from posthoc.qemu import attachment, leftovers, qmp, survey, virsh
 from scanner import scan
 
+# block-export-add, and bitmaps of other nodes in a merge.
+OLDEST = qmp.Version(5, 2, 0)
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -58,6 +61,7 @@ class Disk:
     node: survey.Node
     reference: base.Image
     notes: tuple[str, ...]
+    on_top: bool  # a device of the guest uses the node itself
     left: leftovers.Leftovers
 
 
@@ -68,6 +72,11 @@ async def examine(
 
     Raises UserError for everything that would not go well.
     """
+    if monitor.version < OLDEST:
+        raise errors.UserError(
+            f"{monitor.name} is QEMU {monitor.version}: attach needs {OLDEST.major}.{OLDEST.minor} "
+            "(block-export-add)"
+        )
     left = await leftovers.find(monitor, directory(monitor, request))
     nodes = await survey.nodes(monitor)
     tops = set((await survey.devices(monitor)).values())
@@ -89,7 +98,8 @@ async def examine(
         )
         stack.callback(reference.close)
         notes = [*_size_notes(node, reference, request), *_notes(target, node, tops)]
-        disks.append(Disk(target, node, reference, tuple(notes), left))
+        on_top = node.name in tops
+        disks.append(Disk(target, node, reference, tuple(notes), on_top, left))
     return disks
 
 

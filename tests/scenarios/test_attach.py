@@ -4,6 +4,7 @@
 import json
 import pathlib
 import signal
+import subprocess
 
 import nbd
 import pytest
@@ -228,3 +229,27 @@ def test_raw_file_read_beside_an_old_qemu_with_an_iothread(tmp_path: pathlib.Pat
             attaching.attach(vm, disks, "--reference-side-only", "--rate", attaching.RATE)
         assert attaching.agree(vm, disks)
         assert "posthoc-" not in json.dumps(vm.client("query-named-block-nodes", {"flat": True}))
+
+
+def test_snapshot_taken_meanwhile_is_told(tmp_path: pathlib.Path) -> None:
+    """When the guest writes to an overlay by the end, the bitmap is right for its own node, and that is said."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "backup0")
+        with subprocess.Popen(
+            command.words(*words, "--rate", "16M", disks.reference),
+            env=command.environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            wait.until(lambda: vm.client("query-block-exports"), "the export")
+            overlay = tmp_path / "overlay.qcow2"
+            qemu.create(overlay, attaching.SIZE, "qcow2")
+            added = {**running.Disk("overlay", overlay, "qcow2").blockdev(), "backing": None}
+            vm.client("blockdev-add", added)
+            vm.client("blockdev-snapshot", {"node": "disk0", "overlay": "overlay"})
+            _, stderr = process.communicate(timeout=command.TIMEOUT)
+        assert process.returncode == 0, stderr
+        assert "disk0 is not the guest's node any more" in stderr
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY

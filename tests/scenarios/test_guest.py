@@ -45,7 +45,7 @@ set -e
 mount -t ext4 /dev/vda /mnt
 echo "guest: writing"
 i=0
-while [ $i -lt 30 ]; do
+while [ $i -lt 16 ]; do
     dd if=/dev/urandom of=/mnt/new.$i bs=100k count=2 2>/dev/null
     sync
     i=$((i + 1))

@@ -21,8 +21,8 @@ from tests.vm import initramfs, packages
 QEMU = os.environ.get("POSTHOC_QEMU_SYSTEM", "qemu-system-x86_64")
 _ENDED = re.compile(r"^guest: script ended with (\d+)\r?$", re.MULTILINE)
 
-# Ten times what a translated guest takes on two busy cores.
-DEADLINE = 180.0
+# A translated guest takes 6 s, and was seen to take 80 on two cores with 19 busy programs.
+DEADLINE = 400.0
 
 
 class GuestFailedError(AssertionError):

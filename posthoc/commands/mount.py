@@ -10,8 +10,8 @@ import sys
 
 from dirtymap import errors, images, units
 from overlayfs import mountpoint
-from posthoc import background
-from posthoc.commands import options
+from posthoc import background, exits, report
+from posthoc.commands import options, status
 from posthoc.sessions import control, mounted
 from posthoc.sessions.parameters import Parameters
 
@@ -92,11 +92,23 @@ def run(arguments: argparse.Namespace) -> int:
             raise errors.UserError("--adopt takes everything from the mount: no LIVE, no REFERENCE")
         if here:
             return mounted.adopt(mountpoint.resolve(arguments.adopt), ready_fd=arguments.ready_fd)
-    elif arguments.mountpoint is None:
+    elif arguments.mountpoint is None or "" in (
+        *(arguments.live, arguments.reference, arguments.mountpoint, arguments.output),
+    ):
         raise errors.UserError("mount needs LIVE, REFERENCE and MOUNTPOINT, or --adopt MOUNTPOINT")
     elif here:
         return mounted.run(_parameters(arguments), ready_fd=arguments.ready_fd)
-    return background.start(sys.argv[1:])
+    code = background.start(sys.argv[1:])
+    if code == exits.DONE and arguments.json:
+        _print(mountpoint.resolve(arguments.adopt or arguments.mountpoint))
+    return code
+
+
+def _print(where: str) -> None:
+    """Show where everything is, and the first status."""
+    places = {name: os.path.join(where, name) for name in ("disk", "control")}
+    places["map"] = os.path.join(where, "dirty.qcow2")
+    sys.stdout.write(report.as_json({"mountpoint": where, **places, **status.read(where)}))
 
 
 def _parameters(arguments: argparse.Namespace) -> Parameters:

@@ -36,6 +36,8 @@ class Layer:
     size: int
     encrypted: bool
     identity: Identity | None
+    elsewhere: bool = False
+    """Its data is in a file of its own (qcow2's external data file)."""
 
     def is_same(self, other: Layer) -> bool:
         """Return whether both are the same file, read in the same way."""
@@ -72,6 +74,7 @@ def layers(name: str, path: str, driver: str) -> list[Layer]:
                 information["virtual-size"],
                 bool(information.get("encrypted")) or driver == "luks",
                 identity(next_path),
+                elsewhere=_has_data_file(information),
             )
         )
         below = _below(name, next_path, driver, information)
@@ -95,6 +98,11 @@ def _information(name: str, path: str, driver: str) -> dict[str, Any]:
         if error.reason.startswith("is not installed"):
             raise
         raise errors.ImageError(name, error.reason) from None
+
+
+def _has_data_file(information: dict[str, Any]) -> bool:
+    details = information.get("format-specific", {}).get("data", {})
+    return "data-file" in details or "data-file-raw" in details
 
 
 def _below(

@@ -55,6 +55,8 @@ class Child:
 
     def has_ended(self, patience: float = 0) -> bool:
         """Return whether it has ended, waiting for it at most `patience` seconds."""
+        if patience == 0:
+            return self._process.poll() is not None
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:

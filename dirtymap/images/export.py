@@ -289,7 +289,12 @@ def _write(start: int, buffer: memoryview, connection: nbd.Connection) -> None:
 
 
 def open_export(
-    name: str, address: nbd.Address, *, writable: bool = False, connections: int | None = None
+    name: str,
+    address: nbd.Address,
+    *,
+    writable: bool = False,
+    connections: int | None = None,
+    kind: type[NbdImage] | None = None,
 ) -> NbdImage:
     """Connect to the export at `address`; the caller closes it. Raises ImageError.
 
@@ -311,8 +316,8 @@ def open_export(
             connections = 1
         if connections is None:
             connections = CONNECTIONS if facts.multi_conn else 1
-        kind = WritableNbdImage if writable else NbdImage
-        return kind(name, address, first, connections)
+        made = kind or (WritableNbdImage if writable else NbdImage)
+        return made(name, address, first, connections)
     except BaseException:
         first.close()
         raise

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dirtymap import errors
-from dirtymap.images import chain, child, export, nbd, qemu_img
+from dirtymap.images import chain, child, export, mapped, nbd, qemu_img
 
 if TYPE_CHECKING:
     from dirtymap import images
@@ -114,9 +114,15 @@ def _open(
         address = nbd.Address(server.uri, contexts=(nbd.BASE_ALLOCATION, nbd.ALLOCATION_DEPTH))
         _wait_until_ready(spec, path, server, address)
         image = export.open_export(
-            spec, address, writable=writable, connections=options.connections
+            spec,
+            address,
+            writable=writable,
+            connections=options.connections,
+            kind=None if writable else mapped.MappedImage,
         )
         image.server = server
+        if isinstance(image, mapped.MappedImage) and not options.read_all:
+            image.use_map(layers)
     except BaseException:
         server.stop()
         raise

@@ -193,10 +193,12 @@ def test_a_killed_server_is_gone_at_once(disk: pathlib.Path, tmp_path: pathlib.P
 def test_closing_ends_the_server(disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "disk.qcow2"
     qemu.convert(disk, path, "qcow2")
-    image = images.open(f"qcow2:{path}")
+    image = images.open(f"qcow2:{path}", writable=True)
     assert isinstance(image, export.NbdImage)
     assert image.server is not None
     reader = image.reader()
+    assert reader is not image
+    assert read(reader) == disk.read_bytes()
     reader.close()
     assert image.server.is_alive()
     image.close()

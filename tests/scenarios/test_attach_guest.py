@@ -56,8 +56,7 @@ def test_guest_that_makes_a_file_system_writes_and_trims(
             # Nothing writes now, so that the backup's instant is the disk as it stays.
             vm.client("stop")
             incremental = vm.new_target("incremental", SIZE, (reference, "raw"))
-            arguments_of = {"device": "disk0", "sync": "incremental", "bitmap": "backup0"}
-            vm.backup({"incremental": arguments_of})
+            vm.backup("incremental", device="disk0", sync="incremental", bitmap="backup0")
             vm.client("blockdev-del", {"node-name": "incremental"})
             vm.client.close()
         assert qemu.identical(disk, incremental, ("raw", "qcow2"))

@@ -3,9 +3,10 @@
 """posthoc attach against the full backup that it replaces, on a running QEMU with a writer.
 
 Rounds of `posthoc attach`, `blockdev-backup sync=full` to a new qcow2 and `blockdev-mirror sync=full` on one
-cached disk: the wall time of each, and how many synchronous 4 KiB writes a second a writer gets meanwhile
-(qemu-io by the guest's device, in QEMU's main loop) against none of them running. Then the size of what is
-called dirty, against QEMU's own bitmap over the same period. Read the ratios, not the figures.
+cached disk: the wall time of each, alone and beside a writer, and how many synchronous 4 KiB writes a second
+that writer gets meanwhile (qemu-io by the guest's device, in QEMU's main loop) against none of them running.
+Then the size of what is called dirty, against QEMU's own bitmap over the same period. Read the ratios, not
+the figures.
 
     scripts/bench/attach.py [--size 4G] [--rounds 3] [--folder DIR]
 
@@ -59,8 +60,14 @@ class Writer(threading.Thread):
             self.count += 1
 
 
-def measure(vm: running.Qemu, size: int, work: Callable[[], None]) -> tuple[float, float]:
-    """Return the seconds that `work` took, and the writes a second meanwhile over those without it."""
+def measure(
+    vm: running.Qemu, size: int, work: Callable[[], None], clean: Callable[[], None]
+) -> tuple[float, float, float]:
+    """Return the seconds of `work` alone and beside a writer, and the writes then over those without it."""
+    began = time.monotonic()
+    work()
+    alone = time.monotonic() - began
+    clean()
     writer = Writer(vm, size)
     writer.start()
     try:
@@ -74,12 +81,16 @@ def measure(vm: running.Qemu, size: int, work: Callable[[], None]) -> tuple[floa
     finally:
         writer.ending = True
         writer.join()
-    return taken, during / quiet
+    clean()
+    return alone, taken, during / quiet
 
 
 def attach(vm: running.Qemu, reference: pathlib.Path) -> None:
     words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "bench", reference)
     command.posthoc(*words)
+
+
+def remove_bitmap(vm: running.Qemu) -> None:
     vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "bench"})
 
 
@@ -107,29 +118,31 @@ def end_job(vm: running.Qemu, folder: pathlib.Path) -> None:
     (folder / "target.qcow2").unlink()
 
 
+def one_round(
+    vm: running.Qemu, name: str, reference: pathlib.Path, size: int
+) -> tuple[float, float, float]:
+    folder = reference.parent
+    if name == "attach":
+        return measure(vm, size, lambda: attach(vm, reference), lambda: remove_bitmap(vm))
+    return measure(vm, size, lambda: job(vm, size, name, folder), lambda: end_job(vm, folder))
+
+
 def compare_speed(live: pathlib.Path, reference: pathlib.Path, size: int, rounds: int) -> None:
-    folder = live.parent
-    results: dict[str, list[tuple[float, float]]] = {}
+    results: dict[str, list[tuple[float, float, float]]] = {}
     for _ in range(rounds):
         for name in ("attach", "blockdev-backup", "blockdev-mirror"):
             with running.running(running.Disk("disk0", live), system=True) as vm:
-                if name == "attach":
-                    found = measure(vm, size, lambda vm=vm: attach(vm, reference))  # type: ignore[misc]
-                else:
-                    found = measure(
-                        vm,
-                        size,
-                        lambda vm=vm, name=name: job(vm, size, name, folder),  # type: ignore[misc]
-                    )
-                    end_job(vm, folder)
-            results.setdefault(name, []).append(found)
-    own = statistics.median(taken for taken, _ in results["attach"])
-    print(f"{units.human(size)}, cached; medians of {rounds} rounds")
-    for name, found in results.items():
-        taken = statistics.median(seconds for seconds, _ in found)
-        writes = statistics.median(share for _, share in found)
+                results.setdefault(name, []).append(one_round(vm, name, reference, size))
+    medians = {
+        name: [statistics.median(column) for column in zip(*found, strict=True)]
+        for name, found in results.items()
+    }
+    print(f"{units.human(size)}, cached; medians of {rounds} rounds; x is against attach")
+    for name, (alone, beside, writes) in medians.items():
+        ours = medians["attach"]
         print(
-            f"{name:16} {taken:6.2f} s  {taken / own:5.2f} x attach  writes {writes:4.0%} of quiet"
+            f"{name:16} alone {alone:6.2f} s ({alone / ours[0]:.2f} x)  beside a writer {beside:6.2f} s "
+            f"({beside / ours[1]:.2f} x), whose writes are {writes:4.0%} of before"
         )
 
 

@@ -38,6 +38,8 @@ class Layer:
     identity: Identity | None
     elsewhere: bool = False
     """Its data is in a file of its own (qcow2's external data file)."""
+    cluster: int | None = None
+    """Bytes in which it allocates, where it does."""
 
     def is_same(self, other: Layer) -> bool:
         """Return whether both are the same file, read in the same way."""
@@ -75,6 +77,7 @@ def layers(name: str, path: str, driver: str) -> list[Layer]:
                 bool(information.get("encrypted")) or driver == "luks",
                 identity(next_path),
                 elsewhere=_has_data_file(information),
+                cluster=information.get("cluster-size"),
             )
         )
         below = _below(name, next_path, driver, information)

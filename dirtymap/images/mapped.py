@@ -13,14 +13,16 @@ opened for writing is never read this way.
 
 from __future__ import annotations
 
-import bisect
 import errno
 import json
 import os
 import subprocess
 import threading
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
 
 from dirtymap.images import base, chain, export, nbd, pagecache, qemu_img
 
@@ -28,9 +30,14 @@ from dirtymap.images import base, chain, export, nbd, pagecache, qemu_img
 # files of their own, which the map's JSON does not name.
 _DRIVERS = frozenset(("qcow2", "raw", "vdi"))
 
-# Guest bytes mapped at once: at most 65536 clusters of 64 KiB, 8 MB of JSON. Starting qemu-img takes 20 ms.
-_WINDOW = 4 << 30
+# Guest bytes mapped at once: at most so many clusters, 8 MB of JSON. Starting qemu-img takes 20 ms.
+_CLUSTERS = 1 << 16
+_LARGEST_WINDOW = 4 << 30
 _PATIENCE = 10.0
+# A window is mapped when so much of it was read through qemu-nbd: a sample never is, a scan soon.
+_WORTH = 16 << 20
+# Windows kept, 2 MB each at most: a scan goes through them once, its threads side by side.
+_KEPT = 4
 
 _ZEROS, _ELSEWHERE = -1, -2
 
@@ -45,19 +52,24 @@ class _Piece:
     offset: int
 
 
-@dataclass
 class _Window:
-    pieces: list[_Piece]
-    starts: list[int] = field(init=False)
+    """The pieces of a part of the guest's disk, in order; `pieces` are rows of the four numbers."""
 
-    def __post_init__(self) -> None:
-        self.starts = [piece.start for piece in self.pieces]
+    def __init__(self, pieces: Sequence[tuple[int, int, int, int]]) -> None:
+        # A column for each: Python's own objects would take ten times as much.
+        self._columns = np.array(pieces, np.int64).reshape(-1, 4).T.copy()
+
+    def _piece(self, at: int) -> _Piece | None:
+        if at >= self._columns.shape[1]:
+            return None
+        start, end, depth, offset = self._columns[:, at].tolist()
+        return _Piece(start, end, depth, offset)
 
     def within(self, start: int, end: int) -> Iterator[_Piece]:
         """Yield what covers [start, end), the first and last piece not cut; gaps are elsewhere."""
-        at = max(0, bisect.bisect_right(self.starts, start) - 1)
+        at = max(0, int(np.searchsorted(self._columns[0], start, side="right")) - 1)
         while start < end:
-            piece = self.pieces[at] if at < len(self.pieces) else None
+            piece = self._piece(at)
             if piece is not None and piece.end <= start:
                 at += 1
                 continue
@@ -66,6 +78,9 @@ class _Window:
                 piece = _Piece(start, stop, _ELSEWHERE, 0)
             yield piece
             start = piece.end
+
+
+_NOT_MAPPED = _Window([])
 
 
 class MappedImage(export.NbdImage):
@@ -117,7 +132,13 @@ class Map:
         self._size = size
         self._fds = fds
         self._readers = {depth: pagecache.Reader(fd) for depth, fd in fds.items()}
-        self._windows: dict[int, _Window] = {}
+        smallest = min(
+            (layer.cluster for layer in layers if layer.cluster), default=_LARGEST_WINDOW
+        )
+        self._window_size = min(smallest * _CLUSTERS, _LARGEST_WINDOW)
+        # By number, the one used last at the end.
+        self._windows: OrderedDict[int, _Window] = OrderedDict()
+        self._read: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._failed = False
 
@@ -137,9 +158,9 @@ class Map:
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, _Piece]]:
         """Yield (start, length, piece) that cover [start, end), in order."""
         while start < end:
-            window = start // _WINDOW
-            stop = min((window + 1) * _WINDOW, end)
-            for piece in self._window(window).within(start, stop):
+            number = start // self._window_size
+            stop = min((number + 1) * self._window_size, end)
+            for piece in self._window(number, stop - start).within(start, stop):
                 last = min(piece.end, stop)
                 yield start, last - start, piece
                 start = last
@@ -156,19 +177,26 @@ class Map:
             return False
         return True
 
-    def _window(self, number: int) -> _Window:
-        window = self._windows.get(number)
-        if window is None:
-            with self._lock:
-                window = self._windows.get(number)
-                if window is None:
-                    window = self._windows[number] = self._ask(number * _WINDOW)
-        return window
+    def _window(self, number: int, length: int) -> _Window:
+        """Return a window of which `length` bytes are about to be read; an empty one is not mapped yet."""
+        with self._lock:
+            window = self._windows.get(number)
+            if window is not None:
+                self._windows.move_to_end(number)
+                return window
+            self._read[number] += length
+            if self._read[number] < _WORTH:
+                return _NOT_MAPPED
+            window = self._windows[number] = self._ask(number * self._window_size)
+            if len(self._windows) > _KEPT:
+                forgotten, _ = self._windows.popitem(last=False)
+                del self._read[forgotten]
+            return window
 
     def _ask(self, start: int) -> _Window:
-        length = min(_WINDOW, self._size - start)
+        length = min(self._window_size, self._size - start)
         if self._failed:
-            return _Window([])
+            return _NOT_MAPPED
         top = self._layers[0]
         words = [qemu_img.command(), "map", "-f", top.driver, "--output=json"]
         words += [f"--start-offset={start}", f"--max-length={length}", top.path or ""]
@@ -182,7 +210,7 @@ class Map:
         except (OSError, subprocess.SubprocessError, ValueError, KeyError):
             # Once slow or refused, it will be again.
             self._failed = True
-            return _Window([])
+            return _NOT_MAPPED
 
     def _check_names(self) -> None:
         """Raise OSError where a name has come to mean another file: the map would be that one's."""
@@ -196,14 +224,14 @@ class Map:
             os.close(self._fds.popitem()[1])
 
 
-def _piece(entry: dict[str, int]) -> _Piece:
-    """Return a piece of what `qemu-img map --output=json` says (qemu-img(1))."""
+def _piece(entry: dict[str, int]) -> tuple[int, int, int, int]:
+    """Return the piece that an entry of `qemu-img map --output=json` tells of (qemu-img(1))."""
     start, end = entry["start"], entry["start"] + entry["length"]
     if entry["zero"]:
-        return _Piece(start, end, _ZEROS, 0)
+        return start, end, _ZEROS, 0
     if entry["data"] and "offset" in entry and not entry.get("compressed"):
-        return _Piece(start, end, entry["depth"], entry["offset"])
-    return _Piece(start, end, _ELSEWHERE, 0)
+        return start, end, entry["depth"], entry["offset"]
+    return start, end, _ELSEWHERE, 0
 
 
 def _open(layer: chain.Layer) -> int | None:

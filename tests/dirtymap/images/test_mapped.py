@@ -35,6 +35,12 @@ def read(image: base.Image, start: int = 0, length: int | None = None) -> bytes:
     return bytes(buffer)
 
 
+@pytest.fixture(autouse=True)
+def worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first read of a window maps it, however small the image."""
+    monkeypatch.setattr(mapped, "_WORTH", 1)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What was read through qemu-nbd after all."""
@@ -204,7 +210,7 @@ def test_without_a_map_all_goes_through_the_server(
 def test_windows_meet_without_a_seam(
     tmp_path: pathlib.Path, served: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "_WINDOW", 100 * K)
+    monkeypatch.setattr(mapped, "_LARGEST_WINDOW", 100 * K)
     path = tmp_path / "disk"
     qemu.create(path, SIZE, "qcow2")
     scatter(path, 4)
@@ -217,8 +223,7 @@ def test_windows_meet_without_a_seam(
 
 
 def test_gaps_in_a_map_are_left_to_qemu() -> None:
-    piece = mapped._Piece(100, 200, 0, 5)
-    window = mapped._Window([piece, mapped._Piece(300, 400, 0, 105)])
+    window = mapped._Window([(100, 200, 0, 5), (300, 400, 0, 105)])
     found = [(found.start, found.end, found.depth) for found in window.within(50, 350)]
     assert found == [
         (50, 100, mapped._ELSEWHERE),
@@ -227,3 +232,31 @@ def test_gaps_in_a_map_are_left_to_qemu() -> None:
         (300, 400, 0),
     ]
     assert [found.depth for found in mapped._Window([]).within(0, 10)] == [mapped._ELSEWHERE]
+
+
+def test_a_sample_is_not_worth_a_map(
+    tmp_path: pathlib.Path, served: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking for the map costs more than a few reads; where much is read, it is asked for once."""
+    monkeypatch.setattr(mapped, "_WORTH", 100 * K)
+    path = tmp_path / "disk"
+    qemu.create(path, SIZE, "qcow2")
+    qemu.io(path, "write -P 7 0 1M", format="qcow2")
+    with opened(f"qcow2:{path}") as image:
+        for _ in range(4):
+            assert read(image, 0, 30 * K) == b"\7" * 30 * K
+    assert served == [(0, 30 * K)] * 3
+
+
+def test_memory_holds_a_few_windows_only(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_LARGEST_WINDOW", 100 * K)
+    path = tmp_path / "disk"
+    qemu.create(path, SIZE, "qcow2")
+    scatter(path, 5)
+    with opened(f"qcow2:{path}", read_all=True) as judge, opened(f"qcow2:{path}") as image:
+        assert read(image) == read(judge)
+        assert read(image) == read(judge)
+        assert image._map is not None
+        assert len(image._map._windows) == len(image._map._read) == mapped._KEPT

@@ -123,31 +123,32 @@ def _add_danger(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Attach, and show what became of each disk."""
-    request = _request(arguments)
+    wanted = request(arguments)
     with bar.shown() as shown:
 
         def watch(_: str, now: progress.ScanStatistics) -> None:
             if shown is not None:
                 shown(now)
 
-        outcomes = trio.run(_interruptible, _connector(arguments), request, watch)
-    if request.checkpoint:
-        trio.run(_register_checkpoint, arguments, request)
-    facts = [_facts(wish, outcome) for wish, outcome in zip(request.wishes, outcomes, strict=True)]
+        outcomes = trio.run(_interruptible, _connector(arguments), wanted, watch)
+    if wanted.checkpoint:
+        trio.run(_register_checkpoint, arguments, wanted)
+    facts = [_facts(wish, outcome) for wish, outcome in zip(wanted.wishes, outcomes, strict=True)]
     if arguments.json:
         sys.stdout.write(report.as_json({"disks": facts}))
     else:
         sys.stdout.write("\n".join(report.as_text(disk) for disk in facts))
-        _say_what_for(outcomes, request)
+        _say_what_for(outcomes, wanted)
     return max(_tell(outcome) for outcome in outcomes)
 
 
-def _request(arguments: argparse.Namespace) -> examined.Request:
+def request(arguments: argparse.Namespace) -> examined.Request:
+    """Return what was asked for; UserError where it does not go together."""
     if arguments.domain is None:
         for option in ("connect", "target", "checkpoint"):
             if getattr(arguments, option):
                 raise errors.UserError(f"--{option} goes with --domain")
-    request = examined.Request(
+    wanted = examined.Request(
         wishes=tuple(_wishes(arguments)),
         granularity=arguments.granularity or units.DEFAULT_GRANULARITY,
         transient=arguments.transient,
@@ -165,11 +166,11 @@ def _request(arguments: argparse.Namespace) -> examined.Request:
         nbd_server=arguments.nbd_server,
         options=options.image_options(arguments),
     )
-    if request.checkpoint and any(wish.by != "target" for wish in request.wishes):
+    if wanted.checkpoint and any(wish.by != "target" for wish in wanted.wishes):
         raise errors.UserError("--checkpoint goes with --target, or --disk: libvirt knows no nodes")
-    if request.checkpoint and len({wish.bitmap for wish in request.wishes}) > 1:
+    if wanted.checkpoint and len({wish.bitmap for wish in wanted.wishes}) > 1:
         raise errors.UserError("--checkpoint: a checkpoint's bitmaps all have its name")
-    return request
+    return wanted
 
 
 def _wishes(arguments: argparse.Namespace) -> list[examined.Wish]:

@@ -30,13 +30,13 @@ from dirtymap.images import base, chain, export, nbd, pagecache, qemu_img
 # files of their own, which the map's JSON does not name.
 _DRIVERS = frozenset(("qcow2", "raw", "vdi"))
 
-# Guest bytes mapped at once: at most so many clusters, 8 MB of JSON. Starting qemu-img takes 20 ms.
-_CLUSTERS = 1 << 16
-_LARGEST_WINDOW = 4 << 30
+# Guest bytes mapped at once: at most so many clusters, 4 MB of JSON. Starting qemu-img takes 20 ms.
+_CLUSTERS = 1 << 15
+_LARGEST_WINDOW = 2 << 30
 _PATIENCE = 10.0
 # A window is mapped when so much of it was read through qemu-nbd: a sample never is, a scan soon.
 _WORTH = 16 << 20
-# Windows kept, 2 MB each at most: a scan goes through them once, its threads side by side.
+# Windows kept, 1 MB each at most: a scan goes through them once, its threads side by side.
 _KEPT = 4
 
 _ZEROS, _ELSEWHERE = -1, -2
@@ -204,7 +204,8 @@ class Map:
             result = subprocess.run(
                 words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=True
             )
-            window = _Window([_piece(entry) for entry in json.loads(result.stdout)])
+            # By a hook: all the entries as dictionaries would take most of this process's memory.
+            window = _Window(json.loads(result.stdout, object_hook=_piece))
             self._check_names()
             return window
         except (OSError, subprocess.SubprocessError, ValueError, KeyError):

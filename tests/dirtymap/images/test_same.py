@@ -2,22 +2,30 @@
 """What two images are known to share without reading, on real file systems and real chains."""
 
 import contextlib
+import ctypes
+import fcntl
 import itertools
+import mmap
 import os
 import pathlib
 import random
+import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from dirtymap import images
-from dirtymap.images import base, fiemap, same
+from dirtymap.images import base, fiemap, file, same
 from tests import qemu
 
 MIB = 1 << 20
 SIZE = 4 * MIB + 5000  # ends within a block
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 @pytest.fixture(params=["xfs", "btrfs"], scope="module")
@@ -36,11 +44,10 @@ def reflinks(
 
 @pytest.fixture
 def pair(
-    reflinks: pathlib.Path, request: pytest.FixtureRequest
+    reflinks: pathlib.Path,
 ) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
     """A reference of random bytes and its reflink copy, live."""
-    folder = reflinks / request.node.name.partition("[")[0]
-    folder.mkdir()
+    folder = pathlib.Path(tempfile.mkdtemp(dir=reflinks))
     reference, live = folder / "reference", folder / "live"
     reference.write_bytes(random.Random(3).randbytes(SIZE))
     subprocess.run(["cp", "--reflink=always", str(reference), str(live)], check=True)
@@ -126,6 +133,62 @@ def test_punched_grown_and_shrunk_parts_are_not_the_same(
     with opened(*pair) as (live, reference):
         found = told(live, reference)["reflinks"]
         assert found <= pieces(0, MIB) | pieces(2 * MIB, 3 * MIB + 100)
+
+
+# include/uapi/linux/fs.h, falloc.h
+_FICLONERANGE = 0x4020940D
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+
+
+def _disturb(chosen: random.Random, live: int, reference: int) -> None:
+    """Do to the live file whatever a file system offers, in whole blocks or not."""
+    block = 4096
+    start = chosen.randrange(SIZE // block - 40) * block
+    length = chosen.randint(1, 40) * block
+    verb = chosen.choice(("write", "direct", "punch", "zero", "clone", "clone-elsewhere", "cut"))
+    if verb == "write":
+        os.pwrite(
+            live, chosen.randbytes(chosen.randrange(1, 9000)), start + chosen.randrange(block)
+        )
+    elif verb == "direct":
+        memory = mmap.mmap(-1, block)
+        memory.write(chosen.randbytes(block))
+        direct = os.open(f"/proc/self/fd/{live}", os.O_WRONLY | os.O_DIRECT)
+        os.pwritev(direct, [memory], start)
+        os.close(direct)
+    elif verb in ("punch", "zero"):
+        mode = (_PUNCH_HOLE if verb == "punch" else _ZERO_RANGE) | _KEEP_SIZE
+        assert _libc.fallocate(live, mode, start, length) == 0
+    elif verb == "cut":
+        os.ftruncate(live, start + 77)
+        os.ftruncate(live, SIZE)
+    else:
+        # The reference's bytes at their own place again, or at another: the same extents there.
+        source = start if verb == "clone" else chosen.randrange(SIZE // block - 40) * block
+        argument = struct.pack("=qQQQ", reference, source, length, start)
+        fcntl.ioctl(live, _FICLONERANGE, argument)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_was_done_to_the_live_file_what_is_told_is_true(
+    pair: tuple[pathlib.Path, pathlib.Path], seed: int
+) -> None:
+    """Random writes, holes, zeroed ranges, cuts, and clones of right and wrong places."""
+    chosen = random.Random(seed)
+    live_path, reference_path = pair
+    theirs, known = reference_path.read_bytes(), 0
+    with opened(*pair) as (live, reference), open(live_path, "r+b") as ours:
+        assert isinstance(reference, file.FileImage)
+        for _ in range(12):
+            for _ in range(3):
+                _disturb(chosen, ours.fileno(), reference.fd)
+            (rule,) = same.rules(live, reference)
+            found = list(rule.equal(0, SIZE, time.monotonic() + 60))
+            now = live_path.read_bytes()
+            assert all(now[e.start : e.end] == theirs[e.start : e.end] for e in found)
+            known += sum(e.length for e in found)
+    # It is worth asking: not everything is gone at once.
+    assert known > SIZE
 
 
 def test_equal_bytes_at_another_place_are_read(pair: tuple[pathlib.Path, pathlib.Path]) -> None:

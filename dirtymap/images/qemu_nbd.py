@@ -11,15 +11,13 @@ hold: an image in use by a VM is refused, with QEMU's words.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dirtymap import errors
-from dirtymap.images import chain, child, export, mapped, nbd, qemu_img
+from dirtymap.images import chain, child, export, mapped, nbd, private, qemu_img
 
 if TYPE_CHECKING:
     from dirtymap import images
@@ -30,8 +28,6 @@ _STOP_PATIENCE = 10.0
 _STOP_PATIENCE_WRITABLE = 120.0
 # Connections it accepts: ours, and those that are lost but not yet noticed by it.
 _SHARED = 64
-# sockaddr_un holds 107 bytes (unix(7)).
-_LONGEST_FOLDER = 90
 
 
 class Server:
@@ -42,19 +38,19 @@ class Server:
     ) -> None:
         self.layers = tuple(layers)
         self._writable = writable
-        self._folder = _private_folder()
+        self._folder = private.Folder()
         try:
-            socket = os.path.join(self._folder, "nbd")
+            socket = os.path.join(self._folder.path, "nbd")
             self.uri = nbd.uri(socket)
             # One that is written to is told to end, and writes its metadata first.
             death = signal.SIGTERM if writable else signal.SIGKILL
             self.child = child.Child(
                 _command(socket, layers, secrets, writable=writable),
-                os.path.join(self._folder, "stderr"),
+                os.path.join(self._folder.path, "stderr"),
                 death,
             )
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             raise
 
     def is_alive(self) -> bool:
@@ -64,7 +60,7 @@ class Server:
     def stop(self) -> None:
         """End it, cleanly where it writes, and remove its folder. May be called more than once."""
         self.child.stop(_STOP_PATIENCE_WRITABLE if self._writable else _STOP_PATIENCE)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 def open_image(
@@ -158,11 +154,3 @@ def _command(
     else:
         command.append("--read-only")
     return [*command, "--image-opts", chain.image_options(layers, ids)]
-
-
-def _private_folder() -> str:
-    """Make a folder that only we can enter, with a path short enough for a socket's address."""
-    folder = tempfile.gettempdir()
-    return tempfile.mkdtemp(
-        prefix="posthoc-", dir=folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
-    )

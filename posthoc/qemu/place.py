@@ -32,7 +32,7 @@ _FOLDER = re.compile(r"posthoc-attach-([0-9a-f]{8})")
 # sockaddr_un.sun_path less its final zero (unix(7)).
 _LONGEST_SOCKET_PATH = 107
 # Seconds that a dying QEMU may take to let go of its sockets, and between two looks.
-_PATIENCE = 2.0
+_PATIENCE = 10.0
 _PAUSE = 0.02
 
 

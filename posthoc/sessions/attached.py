@@ -68,6 +68,8 @@ STEPS = (
 # The bitmap's name within a carrier.
 _CARRIED = "posthoc"
 _REFRESH = 0.25
+# Seconds after which a disk that went away did so for another reason than its QEMU's end.
+_LAST_WORDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ async def _while_there(monitor: qmp.Monitor, session: Session) -> list[Outcome]:
         nursery.cancel_scope.cancel()
     if failures and isinstance(failures[0], errors.ImageError) and not lost:
         # A disk that went away because its QEMU did: the socket tells it first.
-        with trio.move_on_after(_REFRESH):
+        with trio.move_on_after(_LAST_WORDS):
             lost.append(await monitor.wait_lost())
     if lost or failures:
         raise (lost or failures)[0]

@@ -47,7 +47,7 @@ def test_writes_during_attach_are_all_in_the_bitmap(
             result = attaching.attach(vm, disks, *options, *attaching.server(vm))
             during = writer.count - before
             wait.until(lambda: writer.count > before + during + 20, "writes after it is done")
-        assert during > 100
+        assert during >= 10
         (facts,) = json.loads(result.stdout)["disks"]
         assert facts["state"] == "complete"
         assert facts["persistent"] == (format == "qcow2")

@@ -30,6 +30,8 @@ class Proxy:
         self.fault: Callable[[Message, Callable[[], Awaitable[Message]]], Awaitable[Any]]
         self.fired = False
         self.closed = False
+        self.change: Callable[[Message], None] | None = None
+        """Applied to every command on its way to QEMU."""
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Listen on `path`."""
@@ -52,6 +54,9 @@ class Proxy:
                 command: Message = json.loads(line)
                 if command["execute"] != "qmp_capabilities":
                     self.commands.append(command["execute"])
+                if self.change is not None:
+                    self.change(command)
+                    line = json.dumps(command).encode() + b"\n"
 
                 async def forward(line: bytes = line) -> Message:
                     await server.send_all(line)

@@ -5,6 +5,7 @@ The monitor is a real QEMU's behind a proxy, so that what is left behind is real
 """
 
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -185,3 +186,43 @@ async def test_monitor_lost_for_good_is_made_up_for_by_the_next_attach(
             assert list(here.private.iterdir()) == []
             here.forget()
         assert number > 20
+
+
+def forget_the_map(command: proxy.Message) -> None:
+    """Keep the carrier's bitmap out of the merge, as if QEMU had lost it."""
+    for action in command.get("arguments", {}).get("actions", ()):
+        if action["data"].get("target") == "backup0":
+            action["data"]["bitmaps"] = [
+                source for source in action["data"]["bitmaps"] if isinstance(source, str)
+            ]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["read-back", "counted"])
+async def test_bitmap_that_lacks_what_was_merged_is_not_left(
+    tmp_path: pathlib.Path, beside: bool
+) -> None:
+    """The verification can fail: a bitmap without the map's bits is told and removed."""
+    async with bench(tmp_path) as here:
+        before = here.vm.state()
+        here.request = dataclasses.replace(here.request, reference_side_only=beside)
+        here.monitor.change = forget_the_map
+        error = await here.fails()
+        assert "bitmap backup0 of disk0 lacks bits" in str(error)
+        assert here.vm.state() == before
+        here.monitor.change = None
+        await here.attach()
+
+
+async def test_size_changed_meanwhile_is_told(tmp_path: pathlib.Path) -> None:
+    """A disk that grows between the scan and the merge is a refusal of QEMU's, and nothing is left."""
+    async with bench(tmp_path) as here:
+        before = here.vm.state()
+
+        def grow(command: proxy.Message) -> None:
+            if command["execute"] == "blockdev-add":
+                here.vm.client("block_resize", {"node-name": "disk0", "size": 2 * SIZE})
+
+        here.monitor.change = grow
+        error = await here.fails()
+        assert "different sizes" in str(error)
+        assert here.vm.state() == before

@@ -71,13 +71,13 @@ async def made(parent: str | None, qemu: qmp.Peer | None) -> AsyncIterator[Place
         raise errors.UserError(
             f"QEMU (process {qemu.pid}) runs as user {qemu.uid}: run posthoc as that user or as root"
         )
-    token = secrets.token_hex(4)
     where = parent_folder(parent)
-    place = Place(where / f"posthoc-attach-{token}", token, qemu)
-    if len(os.fsencode(place.socket)) > _LONGEST_SOCKET_PATH:
+    if not has_room(str(where)):
         raise errors.UserError(
             f"{where}: too long a path for a socket in it: name another folder with --directory"
         )
+    token = secrets.token_hex(4)
+    place = Place(where / f"posthoc-attach-{token}", token, qemu)
     try:
         place.folder.mkdir(mode=0o711)
     except OSError as error:
@@ -90,6 +90,11 @@ async def made(parent: str | None, qemu: qmp.Peer | None) -> AsyncIterator[Place
     finally:
         if not await _is_served(place):
             shutil.rmtree(place.folder, ignore_errors=True)
+
+
+def has_room(parent: str) -> bool:
+    """Return whether the path of `parent` is short enough for a socket below it."""
+    return len(os.fsencode(parent) + b"/posthoc-attach-01234567/nbd/s") <= _LONGEST_SOCKET_PATH
 
 
 async def _is_served(place: Place) -> bool:

@@ -14,7 +14,7 @@ import trio
 from dirtymap import errors, images, units
 from dirtymap.images import base, file
 from dirtymap.qcow2 import carrier
-from posthoc.qemu import attachment, leftovers, qmp, survey, virsh
+from posthoc.qemu import attachment, leftovers, place, qmp, survey, virsh
 from scanner import scan
 
 # block-export-add, and bitmaps of other nodes in a merge.
@@ -105,7 +105,9 @@ async def examine(
 
 def directory(monitor: qmp.Monitor, request: Request) -> str | None:
     """Return the folder that the private one is made in; None is the one for temporary files."""
-    return request.directory or monitor.folder
+    if request.directory is None and monitor.folder and place.has_room(monitor.folder):
+        return monitor.folder
+    return request.directory
 
 
 async def _node(monitor: qmp.Monitor, wish: Wish, nodes: dict[str, survey.Node]) -> survey.Node:

@@ -34,6 +34,7 @@ class Node:
     driver: str
     size: int
     read_only: bool
+    direct: bool  # QEMU goes around the host's page cache
     filename: str
     compat: str | None  # of a qcow2: "0.10" or "1.1"
     bitmaps: tuple[DirtyBitmap, ...]
@@ -63,6 +64,7 @@ def _node(facts: dict[str, Any]) -> Node:
         driver=facts["drv"],
         size=image["virtual-size"],
         read_only=facts["ro"],
+        direct=facts["cache"]["direct"],
         filename=image["filename"],
         compat=specific.get("compat") if facts["drv"] == "qcow2" else None,
         bitmaps=tuple(_bitmap(bitmap) for bitmap in facts.get("dirty-bitmaps", ())),

@@ -204,8 +204,14 @@ def _check_beside(node: survey.Node) -> None:
 
 
 def open_beside(disk: Disk) -> base.Image:
-    """Open the raw file of a disk for reading while QEMU has it. The caller closes it."""
-    return _open_raw(disk.node)
+    """Open the raw file of a disk for reading while QEMU has it and records. The caller closes it."""
+    image = _open_raw(disk.node)
+    if disk.node.direct:
+        # A direct write drops the page that caches what it changes, but not where that page is in use
+        # (mm/filemap.c, kiocb_invalidate_post_direct_write). What was cached so before the recording began
+        # would be compared in the disk's place.
+        os.posix_fadvise(image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return image
 
 
 def _open_raw(node: survey.Node) -> file.FileImage:

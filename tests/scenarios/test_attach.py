@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`posthoc attach` on a real QEMU that is written to: nothing is missed, and nothing is left behind."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -222,10 +223,14 @@ def test_old_qemu_with_an_iothread_is_refused(tmp_path: pathlib.Path) -> None:
             assert vm.state() == before
 
 
-def test_raw_file_read_beside_an_old_qemu_with_an_iothread(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
+def test_raw_file_read_beside_an_old_qemu_with_an_iothread(
+    workdir: pathlib.Path, direct: bool
+) -> None:
     """With --reference-side-only no client connects to QEMU, and still nothing is missed."""
-    disks = attaching.pair(tmp_path)
-    with running.running(disks.live, system=True, iothread=True) as vm:
+    disks = attaching.pair(workdir)
+    live = dataclasses.replace(disks.live, direct=direct)
+    with running.running(live, system=True, iothread=True) as vm:
         with running.writing(vm, "disk0", attaching.SIZE):
             attaching.attach(vm, disks, "--reference-side-only", "--rate", attaching.RATE)
         assert attaching.agree(vm, disks)

@@ -70,14 +70,17 @@ class Disk:
     node: str
     path: pathlib.Path
     format: str = "raw"
+    direct: bool = False
 
     def blockdev(self) -> dict[str, Any]:
-        file = {"driver": "file", "filename": str(self.path), "discard": "unmap"}
+        cache = {"cache": {"direct": self.direct}}
+        file = {"driver": "file", "filename": str(self.path), "discard": "unmap", **cache}
         return {
             "driver": self.format,
             "node-name": self.node,
             "discard": "unmap",
             "file": file,
+            **cache,
         }
 
 

@@ -12,7 +12,6 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +19,7 @@ import trio
 
 from dirtymap import images
 from dirtymap.images import base, export, sizes
-from scanner import progress, scan
+from scanner import priority, progress, scan
 from tests import command, nbdkit, oracle, qemu
 
 MIB = 1 << 20
@@ -158,6 +157,14 @@ class Maker:
         yield "nbdkit-tls", (address, images.Options(tls_psk=keys, tls_user="alice"))
 
 
+@pytest.fixture(autouse=True)
+def _ordinary_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan gives way to everybody: on a busy machine these would take minutes, and a server that one of
+    its threads starts anew would step back too, and not be there in time.
+    """
+    monkeypatch.setattr(priority, "lower", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Disk, Disk]]:
     """The live disk and the reference, each in every kind."""
@@ -291,11 +298,7 @@ def _interrupted(
     with (
         tempfile.TemporaryDirectory(prefix="posthoc-f-", dir="/tmp") as folder,
         nbdkit.Server(pathlib.Path(folder), *arguments) as server,
-        futures.ThreadPoolExecutor(1) as starter,
     ):
-        # A scan's threads step back for everybody; a server started by one would do so too, and on a
-        # busy machine not be back in time.
-        starter.submit(bool).result()
 
         def interrupt() -> None:
             server.kill()
@@ -305,9 +308,7 @@ def _interrupted(
         def is_under_way() -> bool:
             return not decisions.unscanned.all(0, decisions.unscanned.segments)
 
-        live = Interrupted(
-            disks[0].images["raw"], is_under_way, lambda: starter.submit(interrupt).result()
-        )
+        live = Interrupted(disks[0].images["raw"], is_under_way, interrupt)
         reference = images.open(server.uri)
         try:
             yield scan.Scan(live, reference, decisions, read_all=True), decisions

@@ -93,9 +93,29 @@ class Folder:
             os.close(self._lock)
             self._lock = None
 
+    def discard_unused(self) -> None:
+        """Remove the folder after a start that failed, unless somebody else has left something in it."""
+        left = {file.name for file in self.path.iterdir() if file.name != "lock"}
+        if left <= {"log"} and not (left and self.log.stat().st_size):
+            self.discard()
+
     def begin_log(self) -> None:
         """Begin an empty log; everybody who writes to it appends."""
         os.close(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+
+    def is_served(self) -> bool:
+        """Return whether a session holds this folder, mounted or (after a lazy umount) not any more."""
+        try:
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def wait_for_end(self) -> None:
         """Return when no session holds this folder any more; a signal interrupts."""
@@ -141,8 +161,9 @@ class Folder:
 def _root() -> Path:
     if os.geteuid() == 0:
         return Path("/run/posthoc")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
+    # A job of cron's has no such variable, and must find what was mounted from a terminal.
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    if Path(runtime).is_dir():
         return Path(runtime, "posthoc")
     return Path(f"/tmp/posthoc-{os.geteuid()}")
 

@@ -21,6 +21,9 @@ import trio
 
 from dirtymap import errors
 
+# As many as the kernel follows (path_resolution(7)).
+_MOST_LINKS = 40
+
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -60,16 +63,20 @@ def find(path: str) -> Mount | None:
 
 
 def resolve(path: str | os.PathLike[str]) -> str:
-    """Return `path` absolute and without links in its parents; the last name is not looked at."""
-    parent, name = os.path.split(os.path.abspath(path))
-    return os.path.join(os.path.realpath(parent), name)
+    """Return `path` absolute and without links; what something is mounted on is not looked at."""
+    for _ in range(_MOST_LINKS):
+        parent, name = os.path.split(os.path.abspath(path))
+        parent = os.path.realpath(parent)
+        resolved = os.path.join(parent, name)
+        if find(resolved) is not None or not os.path.islink(resolved):
+            break
+        path = os.path.join(parent, os.readlink(resolved))
+    return resolved
 
 
 def check(path: str | os.PathLike[str]) -> str:
     """Return the resolved path of `path` if one can mount there, else raise UserError."""
     resolved = resolve(path)
-    if find(resolved) is None and os.path.islink(resolved):
-        resolved = os.path.realpath(resolved)
     mount = find(resolved)
     if mount is not None:
         raise errors.UserError(

@@ -19,13 +19,16 @@ _READY = b"ready\n"
 
 
 def start(arguments: Sequence[str]) -> int:
-    """Run `posthoc ARGUMENTS` in a session of its own; return 0 once it is ready, else its exit code.
+    """Run `posthoc ARGUMENTS` (a verb first) in a session of its own; return 0 once it is ready, else its exit code.
 
     Interrupted while waiting, the session is ended and waited for: it takes down what it has set up.
     """
     receiver, sender = os.pipe()
     # -P: a folder that happens to be the current one is no place to import from.
-    command = [sys.executable, "-P", "-m", "posthoc", *arguments, READY_OPTION, str(sender)]
+    # The option stands right behind the verb: what follows a "--" is no option.
+    verb, *others = arguments
+    told = [verb, READY_OPTION, str(sender), *others]
+    command = [sys.executable, "-P", "-m", "posthoc", *told]
     process = subprocess.Popen(
         command, pass_fds=[sender], stdin=subprocess.DEVNULL, start_new_session=True
     )

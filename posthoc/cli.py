@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from dirtymap import errors
-from posthoc import exits
+from posthoc import exits, report
 from posthoc.commands import (
     attach,
     diff,
@@ -52,9 +54,17 @@ Exit codes: 0 done; 1 diff and verify: they differ; 2 a mistake or the environme
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Tell what is wrong with the command line, and exit."""
+        self.exit(exits.MISTAKE, f"posthoc: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="posthoc",
         description="Find after the fact which parts of a VM's disk have changed since a backup.",
         epilog=_EPILOG,
@@ -71,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     logging.basicConfig(format="posthoc: %(message)s", level=logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A file's name may hold what this locale cannot write.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parsed = parser().parse_args(arguments)
         code: int = parsed.run(parsed)
@@ -93,7 +106,7 @@ def report_error(error: BaseException) -> int:
         traceback.print_exception(error)
         return exits.BUG
     for leaf in leaves:
-        print(f"posthoc: {' '.join(str(leaf).split())}", file=sys.stderr)
+        print(f"posthoc: {report.one_line(' '.join(str(leaf).split()))}", file=sys.stderr)
     mistake = any(isinstance(leaf, errors.UserError) for leaf in leaves)
     return exits.MISTAKE if mistake else exits.READ_ERROR
 

@@ -19,13 +19,13 @@ FSTYPE = "fuse.posthoc"
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that keeps a mount busy."""
+    """Who keeps a mount busy: a process, or the kernel (pid 0) for a device."""
 
     pid: int
     command: str
 
     def __str__(self) -> str:
-        return f"{self.command} (pid {self.pid})"
+        return f"{self.command} (pid {self.pid})" if self.pid else self.command
 
 
 def is_mounted(where: str) -> bool:

@@ -17,8 +17,11 @@ Facts = Mapping[str, Any]
 
 
 def as_json(facts: Facts) -> str:
-    """Return the facts as indented JSON, with a newline at the end."""
-    return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    """Return the facts as indented JSON, with a newline at the end.
+
+    In ASCII: a file's name need not be UTF-8, nor the locale of whoever prints it.
+    """
+    return json.dumps(facts, indent=1) + "\n"
 
 
 def as_text(facts: Facts) -> str:
@@ -28,12 +31,12 @@ def as_text(facts: Facts) -> str:
         form = _FORMS.get(key)
         text = value if form is None else form(value, facts)
         if text is not None:
-            lines.append(f"{key}: {_one_line(str(text))}\n")
+            lines.append(f"{key}: {one_line(str(text))}\n")
     return "".join(lines)
 
 
-def _one_line(text: str) -> str:
-    """Names of files may hold anything: a status line holds one line."""
+def one_line(text: str) -> str:
+    """Return `text` fit for one line of a terminal: the names of files may hold anything."""
     return text.encode("unicode_escape").decode() if not text.isprintable() else text
 
 

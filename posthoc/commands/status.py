@@ -79,3 +79,8 @@ def _watch(where: str, *, as_json: bool) -> int:
                 facts = read(where)
     except KeyboardInterrupt:
         return exits.DONE
+    except errors.UserError:
+        if mounts.is_mounted(mountpoint.resolve(where)):
+            raise
+        print(f"posthoc: {where}: the mount has ended", file=sys.stderr)
+        return exits.DONE

@@ -38,21 +38,28 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Unmount, wait for the session, and return its exit code."""
     where = mountpoint.resolve(arguments.mountpoint)
-    if not mounts.is_mounted(where):
-        raise errors.UserError(f"{arguments.mountpoint}: no posthoc is mounted here")
     folder = state.Folder(where)
+    if not mounts.is_mounted(where):
+        raise errors.UserError(f"{arguments.mountpoint}: {_why_none(folder)}")
     _unmount(where, lazy=arguments.lazy)
     if arguments.lazy:
         end = state.End(exits.DONE, "")
     else:
         folder.wait_for_end()
         end = folder.end() or state.End(
-            exits.DONE, "its session had died before: the disk is as it was, the map is lost"
+            exits.MISTAKE,
+            "its session had died before: the disk has what was written, the map is lost",
         )
         if end.exit_code == exits.DONE:
             folder.discard()
     _tell(end, where, as_json=arguments.json)
     return end.exit_code
+
+
+def _why_none(folder: state.Folder) -> str:
+    if folder.is_served():
+        return "is unmounted already, and its session ends when the files that are open are closed"
+    return "no posthoc is mounted here"
 
 
 def _tell(end: state.End, where: str, *, as_json: bool) -> None:

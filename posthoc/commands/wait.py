@@ -73,7 +73,9 @@ def _wait(mountpoint: str) -> dict[str, Any]:
             )
             time.sleep(_REFRESH)
             facts = _next(mountpoint)
-        progress.update(task, completed=facts["scanned"], description=facts["state"], refresh=True)
+        progress.update(
+            task, completed=facts["scanned"], description=facts["state"], eta="", refresh=True
+        )
     return facts
 
 

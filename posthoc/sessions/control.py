@@ -12,6 +12,9 @@ from dirtymap import errors, units
 
 MOST_WORKERS = 64
 
+# Characters of a wrong command that its log line has.
+_SHOWN = 60
+
 
 class Scan(Protocol):
     """What can be told to a scan."""
@@ -52,7 +55,9 @@ def _obey(scan: Scan, verb: str, arguments: list[str]) -> None:
         case "pacing", ["on" | "off" as word]:
             scan.set_pacing(word == "on")
         case _:
-            raise errors.UserError(f"{' '.join([verb, *arguments])!r} is no command of control")
+            text = " ".join([verb, *arguments])
+            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+            raise errors.UserError(f"{shown!r} is no command of control")
 
 
 def positive_rate(text: str) -> int:

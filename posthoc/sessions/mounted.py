@@ -1,41 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mounted session: the live disk served as a file while it is compared with the reference.
+"""A mounted session's beginning and end: anew, or where a session has died; with which data path.
 
-    mount answers -> the scan begins -> ... -> unmounted -> the scan is ended -> the map is written
-
-The write bitmap records from the first moment that the disk can be written through the mount, which is before
-the scanner's first read: that order is what makes the map complete (DESIGN: the ordering rule).
+Before it is ready, what goes wrong is the caller's to tell; afterwards it stands in the session's log and in how
+it ended, which `posthoc umount` tells.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import logging
 import os
-import signal
-import stat
 import sys
-import traceback
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-import numpy as np
 import trio
 
-from dirtymap import bitmap, errors, state
-from dirtymap.images import base, file
-from dirtymap.qcow2 import carrier
-from overlayfs import datapath, filesystem, mount, recorder
+from dirtymap import errors, state
+from dirtymap.images import file
 from overlayfs.datapath import native
-from posthoc import background, exits, report
-from posthoc.sessions import control, files, pair, ways
+from posthoc import background, exits
+from posthoc.sessions import pair, ways
 from posthoc.sessions.parameters import Parameters
-from scanner import courtesy, progress, scan
+from posthoc.sessions.session import Session
 
 log = logging.getLogger(__name__)
-
 
 Serve = Callable[[Callable[[], None]], Awaitable[state.End]]
 
@@ -49,9 +38,16 @@ def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
     folder = state.Folder(parameters.mountpoint)
     if parameters.output:
         pair.check_output(parameters.output, parameters.live, parameters.reference)
+        _check_beside(parameters.output, parameters.mountpoint)
     folder.lock()
     folder.begin_log()
     return _run(folder, functools.partial(_begin, parameters, folder), ready_fd)
+
+
+def _check_beside(output: str, mountpoint: str) -> None:
+    """Refuse a map inside the mountpoint, where the mount would hide it; raises MapError."""
+    if os.path.realpath(os.path.dirname(output)) == mountpoint:
+        raise errors.MapError(output, "is in the mountpoint, which the mount covers")
 
 
 def adopt(mountpoint: str, *, ready_fd: int | None = None) -> int:
@@ -63,14 +59,21 @@ def adopt(mountpoint: str, *, ready_fd: int | None = None) -> int:
 
 def _run(folder: state.Folder, serve: Serve, ready_fd: int | None) -> int:
     folder.remove("end.json")
+    was_ready = False
 
     def ready() -> None:
+        nonlocal was_ready
+        was_ready = True
         if ready_fd is not None:
             background.detach(ready_fd, folder.log)
 
     try:
         end = trio.run(serve, ready)
     except BaseException as error:
+        if not was_ready:
+            # There was no session: its command tells why.
+            folder.discard_unused()
+            raise
         folder.write("end.json", {"exit_code": exits.BUG, "message": f"a bug ended it: {error!r}"})
         raise
     folder.write("end.json", {"exit_code": end.exit_code, "message": end.message})
@@ -129,320 +132,3 @@ async def _adopt(folder: state.Folder, ready: Callable[[], None]) -> state.End:
         with pair.adopt_pair(live, parameters.reference, options=parameters.options) as images:
             session = Session(legacy, images, way, adopted=True)
             return await session.serve(ready)
-
-
-class Session:
-    """One mount, one scan, one map. All methods are for the event loop."""
-
-    def __init__(
-        self,
-        legacy: ways.Legacy,
-        images: pair.Pair,
-        way: datapath.Datapath,
-        *,
-        adopted: bool = False,
-        note: str | None = None,
-    ) -> None:
-        parameters = legacy.parameters
-        self._legacy = legacy
-        self._parameters = parameters
-        self._notes = images.notes
-        self._live = images.live
-        self._way = way
-        self._adopted = adopted
-        self._note = note
-        self.was_ready = False
-        self._decisions = scan.Decisions(
-            images.live.size, parameters.granularity, ways.decisions_memory(way)
-        )
-        if adopted and not ways.is_same_reference(legacy):
-            # What was found equal was equal to something else.
-            self._decisions.reset()
-        self._courtesy = _courtesy(way)
-        self._courtesy.enabled = parameters.pacing
-        self._scan = scan.Scan(
-            images.reader,
-            images.reference,
-            self._decisions,
-            written=self._written,
-            workers=parameters.workers,
-            rate=parameters.rate,
-            paused=parameters.paused,
-            read_all=parameters.read_all,
-            courtesy=self._courtesy,
-        )
-        if legacy.cancelled:
-            self._scan.cancel()
-        self._again = trio.Event()
-        self._unmount = trio.CancelScope()
-        self._bug: Exception | None = None
-        self._output = _Output(parameters)
-        self._keep()
-
-    def _keep(self, *, cancelled: bool | None = None, **changed: Any) -> None:
-        """Note what was changed at run time, and leave it for a session that may come after."""
-        self._parameters = dataclasses.replace(self._parameters, **changed)
-        self._legacy = dataclasses.replace(
-            self._legacy,
-            parameters=self._parameters,
-            cancelled=self._legacy.cancelled if cancelled is None else cancelled,
-        )
-        ways.leave(self._way, self._legacy)
-
-    async def serve(self, ready: Callable[[], None]) -> state.End:
-        """Mount, call `ready`, scan; return after the mount has ended and the map is written."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._end_on_signal)
-            await nursery.start(self._mounted, nursery.cancel_scope)
-            for note in self._notes:
-                log.info("%s", note)
-            self.was_ready = True
-            ready()
-            nursery.start_soon(self._scanning)
-        # Unmounted: no write can come any more.
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._output.write, self.map())
-        return self._end()
-
-    async def _mounted(
-        self, session: trio.CancelScope, *, task_status: trio.TaskStatus[str]
-    ) -> None:
-        """Serve the mount until it is unmounted or `_unmount` is cancelled; then end the session."""
-        served = filesystem.Filesystem(
-            self._way.disk,
-            self._files(),
-            read_only=self._parameters.read_only,
-            owner=_owner(self._live) if self._parameters.allow_other else None,
-        )
-        options = datapath.MountOptions(
-            allow_other=self._parameters.allow_other, read_only=self._parameters.read_only
-        )
-        with self._unmount:
-            await mount.serve(
-                served,
-                self._way,
-                self._parameters.mountpoint,
-                options,
-                adopted=self._adopted,
-                task_status=task_status,
-            )
-        session.cancel()
-
-    async def _end_on_signal(self, *, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as received:
-            task_status.started()
-            async for number in received:
-                log.info("ended by %s", signal.Signals(number).name)
-                self._unmount.cancel()
-
-    async def _scanning(self) -> None:
-        """Scan, and again whenever asked to. A bug of the scan's never ends the mount: the guest is first."""
-        while True:
-            self._again = trio.Event()
-            try:
-                await self._scan.run()
-            except Exception as error:  # noqa: BLE001 (kept, told in status and at the end)
-                self._bug = error
-                log.error("the scan failed:\n%s", "".join(traceback.format_exception(error)))
-            self._log_scan()
-            if self._scan.statistics().state == progress.COMPLETE:
-                await trio.to_thread.run_sync(self._output.write, self.map())
-            await self._again.wait()
-
-    def _log_scan(self) -> None:
-        now = self._scan.statistics()
-        log.info(
-            "scan %s scanned=%d differing=%d errors=%d",
-            now.state,
-            now.scanned,
-            now.differing,
-            now.error_count,
-        )
-
-    def map(self) -> bitmap.Bitmap:
-        """Return the dirty map as of now."""
-        return self._decisions.map(self._written())
-
-    def _written(self) -> bitmap.Bitmap:
-        return self._way.recorder.written
-
-    # The files beside the disk
-
-    def _files(self) -> list[filesystem.VirtualFile]:
-        length = carrier.layout(
-            self._decisions.size, self._parameters.granularity, self._parameters.bitmap
-        ).length
-        return [
-            files.Report("status", lambda: report.as_text(self.facts())),
-            files.Report("status.json", lambda: report.as_json(self.facts())),
-            files.DirtyMap(lambda: carrier.pieces(self.map(), self._parameters.bitmap), length),
-            files.Control(self._obey),
-        ]
-
-    def _obey(self, text: str) -> None:
-        control.obey(self, text)
-
-    def pause(self) -> None:
-        """Let the scan rest."""
-        self._scan.pause()
-        self._keep(paused=True)
-
-    def resume(self) -> None:
-        """Let the scan go on."""
-        self._scan.resume()
-        self._keep(paused=False)
-
-    def cancel(self) -> None:
-        """End the scan: what it has not decided stays dirty."""
-        self._scan.cancel()
-        self._keep(cancelled=True)
-
-    def rescan(self) -> None:
-        """Forget what the scan found and begin again."""
-        self._scan.rescan()
-        self._again.set()
-        self._keep(cancelled=False)
-
-    def set_rate(self, rate: int | None) -> None:
-        """Bound the scan to `rate` bytes a second of each image; None: no bound."""
-        self._scan.set_rate(rate)
-        self._keep(rate=rate)
-
-    def set_workers(self, workers: int) -> None:
-        """Let the scan read with so many threads."""
-        self._scan.set_workers(workers)
-        self._keep(workers=workers)
-
-    def set_pacing(self, on: bool) -> None:
-        """Give way to the guest, or not."""
-        self._courtesy.enabled = on
-        self._keep(pacing=on)
-
-    # What is told
-
-    def facts(self) -> dict[str, Any]:
-        """Return the status of this moment, in the contract's order; sizes in bytes."""
-        now = self._scan.statistics()
-        written = self._written()
-        return {
-            "state": progress.FAILED if self._bug else now.state,
-            "live": self._parameters.live,
-            "reference": self._parameters.reference,
-            "size": now.size,
-            "granularity": now.granularity,
-            "scanned": now.scanned,
-            "skipped": now.skipped,
-            "differing": now.differing,
-            "written": written.dirty_bytes(),
-            "dirty": self.map().dirty_bytes(),
-            "rate": now.rate,
-            "eta": now.eta,
-            "errors": now.error_count,
-            "error_list": [_error_text(error) for error in now.errors],
-            "datapath": self._datapath(),
-            "since": self._legacy.since,
-            "savings": now.savings,
-            "output": self._output.state,
-            "pacing": self._courtesy.allowed if self._courtesy.enabled else None,
-            "guest": self._guest(),
-            "pid": os.getpid(),
-        }
-
-    def _datapath(self) -> str:
-        description = self._way.description()
-        return f"{description} (native: {self._note})" if self._note else description
-
-    def _guest(self) -> dict[str, Any]:
-        guest = self._way.recorder.statistics()
-        return {
-            verb: {
-                "operations": counted.operations,
-                "bytes": counted.bytes,
-                "errors": counted.errors,
-                **{
-                    f"p{name}_us": None
-                    if (value := counted.percentile(share)) is None
-                    else value / 1000
-                    for name, share in (("50", 50), ("99", 99), ("999", 99.9))
-                },
-            }
-            for verb, counted in (
-                ("reads", guest.read),
-                ("writes", guest.write),
-                ("flushes", guest.flush),
-                ("discards", guest.discard),
-            )
-        }
-
-    def _end(self) -> state.End:
-        now = self._scan.statistics()
-        if self._bug is not None:
-            return state.End(exits.BUG, f"the scan failed: {self._bug!r}; what it left is dirty")
-        if self._output.failure:
-            return state.End(exits.MISTAKE, f"the map is not written: {self._output.failure}")
-        if now.state == progress.FAILED:
-            return state.End(exits.READ_ERROR, f"the scan failed: {now.failure}; the rest is dirty")
-        if now.error_count:
-            return state.End(
-                exits.READ_ERROR, f"{now.error_count} places could not be read: they count as dirty"
-            )
-        return state.End(exits.DONE, "")
-
-
-def _owner(live: base.Image) -> filesystem.Owner | None:
-    """Return who owns the disk in a mount that others reach: whoever may use the image itself may use it there.
-
-    None, the mounting user alone, where the image is no file or device.
-    """
-    if not isinstance(live, file.FileImage):
-        return None
-    status = os.fstat(live.fd)
-    return filesystem.Owner(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode) & 0o666)
-
-
-def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:
-    """Return what judges the guest's latencies: those of its reads and writes."""
-
-    def sample() -> courtesy.Histogram:
-        guest = way.recorder.statistics()
-        return guest.read.histogram + guest.write.histogram
-
-    bounds = [float(recorder.bucket_end(bucket)) for bucket in range(recorder.BUCKETS)]
-    return courtesy.Courtesy(sample, np.array(bounds))
-
-
-class _Output:
-    """The map on disk (--output), and whether writing it went well. Called in worker threads, one at a time."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self._path = parameters.output
-        self._bitmap = parameters.bitmap
-        self.failure: str | None = None
-        self._done = False
-
-    def write(self, dirty: bitmap.Bitmap) -> None:
-        """Replace the map by `dirty`; a failure is logged, told in `failure`, and leaves the map before."""
-        if self._path is None:
-            return
-        try:
-            carrier.write(self._path, dirty, self._bitmap)
-        except (errors.UserError, OSError) as error:
-            self.failure = errors.reason(error)
-            log.error("the map is not written: %s", self.failure)
-        else:
-            self.failure = None
-            self._done = True
-            log.info("map written path=%s dirty=%d", self._path, dirty.dirty_bytes())
-
-    @property
-    def state(self) -> str | None:
-        """What `status` says of it, or None where no map was asked for."""
-        if self._path is None:
-            return None
-        if self.failure:
-            return f"failed: {self.failure}"
-        return f"{self._path} ({'written' if self._done else 'not written yet'})"
-
-
-def _error_text(error: progress.ScanError) -> str:
-    return f"{error.side} {error.length} bytes at {error.start} ({os.strerror(error.errno)})"

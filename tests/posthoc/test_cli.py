@@ -26,8 +26,12 @@ def test_help_names_the_exit_codes() -> None:
     assert "Exit codes: 0 done" in command.posthoc("--help").stdout
 
 
-def test_no_verb_is_a_mistake() -> None:
-    assert command.posthoc(status=2).stdout == ""
+@pytest.mark.parametrize("words", [[], ["fly"], ["mount", "--rate", "0"], ["map"]])
+def test_a_wrong_command_line_is_one_line(words: list[str]) -> None:
+    told = command.posthoc(*words, status=2)
+    assert told.stdout == ""
+    assert told.stderr.startswith("posthoc: ")
+    assert len(told.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_format_that_is_not_known(tmp_path: Path, mountpoint: Path) -> None:
     assert "floppy" in refused(live, f"floppy:{live}", mountpoint=mountpoint)
 
 
-@pytest.mark.parametrize("output", ["missing/map.qcow2", ".", "live.raw", "fifo"])
+@pytest.mark.parametrize("output", ["missing/map.qcow2", ".", "live.raw", "fifo", "mnt/m"])
 def test_an_output_that_could_not_be_written(tmp_path: Path, mountpoint: Path, output: str) -> None:
     live, reference = images.pair(tmp_path)
     os.mkfifo(tmp_path / "fifo")

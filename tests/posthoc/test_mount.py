@@ -228,7 +228,7 @@ def test_umount_names_a_loop_device(tmp_path: Path, mountpoint: Path) -> None:
     live, reference = images.pair(tmp_path)
     with command.mounted(live, reference, mountpoint) as mount:
         with qemu.loop_device(mount / "disk") as device:
-            assert str(device) in command.posthoc("umount", mount, status=2).stderr
+            assert f"is in use by {device}:" in command.posthoc("umount", mount, status=2).stderr
 
 
 def test_a_lazy_umount_goes_on_until_the_last_close(tmp_path: Path, mountpoint: Path) -> None:
@@ -240,6 +240,8 @@ def test_a_lazy_umount_goes_on_until_the_last_close(tmp_path: Path, mountpoint: 
     with open(mountpoint / "disk", "r+b", buffering=0) as disk:
         command.posthoc("umount", "--lazy", mountpoint)
         assert not command.is_mounted(mountpoint)
+        again = command.posthoc("umount", mountpoint, status=2)
+        assert "ends when the files that are open are closed" in again.stderr
         disk.seek(7 * SEGMENT)
         disk.write(b"late")
     wait.until(lambda: ended(pid), "the session ended")
@@ -259,7 +261,8 @@ def test_a_dead_session_is_told_and_unmounted(tmp_path: Path, mountpoint: Path) 
     os.kill(pid, signal.SIGKILL)
     wait.until(lambda: ended(pid), "the session is dead")
     assert "has died" in command.posthoc("status", mountpoint, status=2).stderr
-    assert "died" in command.posthoc("umount", mountpoint).stderr
+    told = command.posthoc("umount", mountpoint, status=2)
+    assert "the map is lost" in told.stderr
     assert not command.is_mounted(mountpoint)
 
 
@@ -274,6 +277,19 @@ def test_the_session_holds_no_folder_and_no_terminal(tmp_path: Path, mountpoint:
         assert command.status(mountpoint)["reference"] == str(reference)
     finally:
         command.posthoc("umount", mountpoint)
+
+
+def test_a_mountpoint_by_a_link_and_names_that_look_like_options(
+    tmp_path: Path, mountpoint: Path
+) -> None:
+    live, reference = images.pair(tmp_path)
+    live.rename(tmp_path / "-live.raw")
+    link = tmp_path / "link"
+    link.symlink_to(mountpoint)
+    command.posthoc("mount", "--paused", "--", "-live.raw", reference, link, cwd=tmp_path)
+    assert command.status(mountpoint)["live"] == str(tmp_path / "-live.raw")
+    command.posthoc("umount", link)
+    assert not command.is_mounted(mountpoint)
 
 
 def test_only_the_mounting_user_sees_it(tmp_path: Path, mountpoint: Path) -> None:

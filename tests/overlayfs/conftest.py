@@ -11,6 +11,9 @@ import pytest
 
 from tests.overlayfs import mounted
 
+# The native data path's own tests have builds that can be delayed, and disks with broken places.
+python_only = pytest.mark.parametrize("datapath", ["python"], indirect=True)
+
 # No multiple of a page, nor of a segment.
 SIZE = 8 * 1024 * 1024 + 1000
 
@@ -29,10 +32,13 @@ def live(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture
 def serve(
-    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, datapath: str
 ) -> Callable[..., AbstractContextManager[mounted.Mounted]]:
-    """`with serve(read_only=True) as it:` mounts `live`."""
-    return functools.partial(mounted.serving, tmp_path, live, mountpoint)
+    """`with serve(read_only=True) as it:` mounts `live`, over each data path in turn.
+
+    What is said of the image itself (gates, broken places, its calls) is `python_only`.
+    """
+    return functools.partial(mounted.serving, tmp_path, live, mountpoint, datapath=datapath)
 
 
 @pytest.fixture
@@ -44,11 +50,14 @@ def mount(
         yield it
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mounted.Mounted]:
+@pytest.fixture(scope="module", params=["python", "native"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[mounted.Mounted]:
     """A mount for all tests of a module; none may end or break it."""
     folder = tmp_path_factory.mktemp("shared")
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
-    with mounted.serving(folder, fill(folder / "live"), mountpoint) as it:
+    live = fill(folder / "live")
+    with mounted.serving(folder, live, mountpoint, datapath=request.param) as it:
         yield it

@@ -63,7 +63,12 @@ class Mounted:
         return answer
 
     def written(self) -> set[int]:
-        """Return the segments whose bit is set in the write bitmap, read from the shared file."""
+        """Return the segments whose bit is set in the write bitmap, read from the shared file.
+
+        Of the native data path, whose memory has no name, the file is there at its end.
+        """
+        if not self.record.exists():
+            return set(self.ask("written"))
         segments = -(-self.live.stat().st_size // self.granularity)
         data = self.record.read_bytes()[: -(-segments // 8)]
         return {8 * i + bit for i, byte in enumerate(data) for bit in range(8) if byte >> bit & 1}

@@ -13,8 +13,10 @@ import json
 import logging
 import mmap
 import os
+import pathlib
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,7 @@ import trio
 from dirtymap import errors, images
 from dirtymap.images import base
 from overlayfs import datapath, filesystem, mount, recorder
-from overlayfs.datapath import python
+from overlayfs.datapath import native, python
 
 
 class Held:
@@ -224,17 +226,19 @@ class Server:
         self.read_only = bool(config.get("read_only"))
         image = images.open(config["live"], writable=not self.read_only)
         self.image = GatedImage(image)
-        granularity = config.get("granularity", 65536)
-        self.recorder = recorder.Recorder(
-            image.size, granularity, self._record(image.size, granularity)
-        )
-        threads = config.get("threads", datapath.DEFAULT_THREADS)
-        self.path = FailingDatapath(self.image, self.recorder, threads)
-        if config.get("mark_late"):
-            self.path.disk = LateDisk(self.image, self.recorder, threads)
+        self.path: Any = self._path(image, config.get("granularity", 65536))
+        self.recorder = self.path.recorder
         self.status, self.large, self.control = Status(), Large(), Control()
         self.taken: Any = None
         self.drained = False
+
+    def _path(self, image: Any, granularity: int) -> datapath.Datapath:
+        record = recorder.Recorder(image.size, granularity, self._record(image.size, granularity))
+        threads = self.config.get("threads", datapath.DEFAULT_THREADS)
+        path = FailingDatapath(self.image, record, threads)
+        if self.config.get("mark_late"):
+            path.disk = LateDisk(self.image, record, threads)
+        return path
 
     def _record(self, size: int, granularity: int) -> memoryview | None:
         if "record" not in self.config:
@@ -256,9 +260,12 @@ class Server:
                 say({"mounted": where})
                 nursery.start_soon(self._commands, nursery)
         finally:
-            self.path.close()
-            self.image.close()
+            self._close()
         return 0
+
+    def _close(self) -> None:
+        self.path.close()
+        self.image.close()
 
     async def _serve(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[str]) -> None:
         files = filesystem.Filesystem(
@@ -336,13 +343,40 @@ class Server:
         self.path.failure.set()
 
 
+class NativeServer(Server):
+    """The same over the native data path, whose program knows no gates and no broken places."""
+
+    def _path(self, image: Any, granularity: int) -> datapath.Datapath:
+        # A socket's path is short; a test's folder need not be.
+        self.folder = tempfile.TemporaryDirectory(prefix="posthoc-")
+        return native.NativeDatapath.create(
+            image.fd,
+            image.size,
+            granularity,
+            pathlib.Path(self.folder.name, "keeper"),
+            read_only=self.read_only,
+            threads=self.config.get("threads"),
+        )
+
+    def _close(self) -> None:
+        super()._close()
+        self.folder.cleanup()
+        # What it recorded lies in memory that ends with it.
+        pathlib.Path(self.config["record"]).write_bytes(self.recorder.written.data.tobytes())
+
+    def do_written(self, _: trio.Nursery) -> list[int]:
+        return [first + i for first, count in self.recorder.written.runs() for i in range(count)]
+
+
 def say(what: dict[str, Any]) -> None:
     print(json.dumps(what), flush=True)
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return trio.run(Server(json.loads(sys.argv[1])).run)
+    config = json.loads(sys.argv[1])
+    kind = NativeServer if config.get("datapath") == "native" else Server
+    return trio.run(kind(config).run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 
 from tests import oracle, wait
 from tests.overlayfs import conftest, mounted
+from tests.overlayfs.conftest import python_only
 
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 PAGE = 4096
@@ -207,6 +208,7 @@ def test_writes_through_a_mapping_are_marked_before_they_reach_the_image(
 # Durability
 
 
+@python_only
 def test_fsync_reaches_the_image(mount: mounted.Mounted) -> None:
     """fsync and fdatasync of the mount are those of the image; close alone is neither."""
     with opened(mount.disk) as disk:
@@ -218,6 +220,7 @@ def test_fsync_reaches_the_image(mount: mounted.Mounted) -> None:
     assert mount.facts()["syncs"] == [False, True]
 
 
+@python_only
 def test_o_sync_writes_are_synced(mount: mounted.Mounted) -> None:
     """An opener with O_SYNC gets its answer after the image's sync."""
     with opened(mount.disk, os.O_WRONLY | os.O_SYNC) as disk:
@@ -225,6 +228,7 @@ def test_o_sync_writes_are_synced(mount: mounted.Mounted) -> None:
     assert mount.facts()["syncs"] == [False]
 
 
+@python_only
 def test_failed_fsync_is_reported(mount: mounted.Mounted) -> None:
     """The errno of the image's sync is the caller's, and the next one may succeed."""
     with opened(mount.disk) as disk:
@@ -237,6 +241,7 @@ def test_failed_fsync_is_reported(mount: mounted.Mounted) -> None:
 # Errors
 
 
+@python_only
 def test_read_error_reaches_only_its_request(mount: mounted.Mounted) -> None:
     """EIO where the image has it, good data around it."""
     mount.ask("break", "read", 1 << 20, errno.EIO)
@@ -248,6 +253,7 @@ def test_read_error_reaches_only_its_request(mount: mounted.Mounted) -> None:
     assert mount.facts()["guest"]["read"][2] == 1
 
 
+@python_only
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=os.strerror)
 def test_failed_write_leaves_its_bits_set(mount: mounted.Mounted, number: int) -> None:
     """Any part of it may have reached the disk: every segment it named stays marked, no other is."""
@@ -281,6 +287,7 @@ def test_mode_and_owner_are_fixed(shared: mounted.Mounted) -> None:
     assert refused(os.chown, shared.disk, -1, 12345) == errno.EPERM
 
 
+@python_only
 def test_holes_are_not_told_and_cannot_be_made(shared: mounted.Mounted) -> None:
     """pyfuse3 has neither lseek nor fallocate: all is data, and discards are refused without harm."""
     with opened(shared.disk) as disk:

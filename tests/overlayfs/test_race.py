@@ -20,6 +20,7 @@ import pytest
 
 from tests import oracle, wait
 from tests.overlayfs import conftest, mounted
+from tests.overlayfs.conftest import python_only
 
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 WRITER = pathlib.Path(__file__).with_name("writer.py")
@@ -83,6 +84,7 @@ def test_thousands_of_writes_of_several_processes(
         assert all(differing <= one | written for one in found)
 
 
+@python_only
 def test_bits_stand_before_bytes_change(serve: Serve, tmp_path: pathlib.Path) -> None:
     """A write that has not changed a byte yet has its bits; so it has while its answer is held back."""
     reference = tmp_path / "reference"
@@ -105,6 +107,7 @@ def test_bits_stand_before_bytes_change(serve: Serve, tmp_path: pathlib.Path) ->
             assert writer.wait(wait.DEADLINE) == 0
 
 
+@python_only
 def test_marking_after_the_write_misses_segments(serve: Serve, tmp_path: pathlib.Path) -> None:
     """The check can fail: with the mark behind the write, a map taken between the two is too clean."""
     reference = tmp_path / "reference"
@@ -123,6 +126,7 @@ def test_marking_after_the_write_misses_segments(serve: Serve, tmp_path: pathlib
         assert missed == {3, 4}
 
 
+@python_only
 def test_a_bitmap_armed_after_the_first_read_misses_segments(
     serve: Serve, tmp_path: pathlib.Path
 ) -> None:
@@ -138,6 +142,7 @@ def test_a_bitmap_armed_after_the_first_read_misses_segments(
         assert differing - mount.written() - found == {3, 4}
 
 
+@python_only
 def test_a_checkpoint_waits_for_the_writes_in_flight(serve: Serve, tmp_path: pathlib.Path) -> None:
     """After swap and drain, what the swap took is on the disk, and what comes later has a bit."""
     checkpoint = tmp_path / "checkpoint"
@@ -158,6 +163,7 @@ def test_a_checkpoint_waits_for_the_writes_in_flight(serve: Serve, tmp_path: pat
         assert oracle.differing(mount.live, checkpoint, SEGMENT) == mount.written() == {20}
 
 
+@python_only
 def test_without_drain_a_checkpoint_loses_segments(serve: Serve, tmp_path: pathlib.Path) -> None:
     """The check can fail: read after the swap alone, the write in flight lands later, without a bit."""
     checkpoint = tmp_path / "checkpoint"

@@ -287,7 +287,7 @@ def test_mode_and_owner_are_fixed(shared: mounted.Mounted) -> None:
     assert refused(os.chown, shared.disk, -1, 12345) == errno.EPERM
 
 
-@python_only
+@pytest.mark.parametrize("shared", ["python"], indirect=True)
 def test_holes_are_not_told_and_cannot_be_made(shared: mounted.Mounted) -> None:
     """pyfuse3 has neither lseek nor fallocate: all is data, and discards are refused without harm."""
     with opened(shared.disk) as disk:

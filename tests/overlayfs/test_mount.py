@@ -19,13 +19,15 @@ import pytest
 
 from tests import wait
 from tests.overlayfs import conftest, mounted
-from tests.overlayfs.conftest import python_only
 
 NOBODY = 65534
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 
+
 # The ends of a mount over the native data path: tests/posthoc/test_mount.py and tests/scenarios/test_deaths.py.
-pytestmark = python_only
+@pytest.fixture
+def datapath() -> str:
+    return "python"
 
 
 @contextmanager

@@ -142,6 +142,38 @@ def ask(path: Path, word: str) -> str:
         time.sleep(_PAUSE)
 
 
+def resume(path: Path) -> socket.socket | None:
+    """Return the connection of this session, whose keeper has died, to the next one; None while it is not there.
+
+    Raises UserError where another session has taken the mount.
+    """
+    connection = _sequenced()
+    connection.settimeout(_PATIENCE)
+    try:
+        connection.connect(os.fspath(path))
+        connection.send(b"resume")
+        word = connection.recv(_LONGEST_WORD)
+    except OSError:
+        word = b""
+    if word == b"ok":
+        connection.settimeout(None)
+        return connection
+    connection.close()
+    if word:
+        raise errors.UserError("another session serves this mount")
+    return None
+
+
+def is_alive(pid: int, start: int) -> bool:
+    """Return whether process `pid`, which began at `start` (clock ticks since boot), still runs."""
+    try:
+        # proc(5): field 22, counted behind the name, which may hold anything; the first is the state.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return words[0] not in "ZX" and int(words[19]) == start
+
+
 def adopt(path: Path) -> tuple[socket.socket, Descriptors]:
     """Become the session of the keeper that listens on `path`.
 

@@ -9,8 +9,8 @@
     keeper (C): parent of the server, holds every descriptor; when the server dies it starts the next
 
 The session may be busy, stopped or killed: the disk goes on. What is lost with a process is made good by
-another: the server's by the keeper, the keeper by the session, the session by the keeper (its command line
-is in the shared memory) or by whoever calls `NativeDatapath.adopt`.
+another: the server's by the keeper, the keeper by its standby (or by the session, where both are killed), the
+session by the keeper (its command line is in the shared memory) or by whoever calls `NativeDatapath.adopt`.
 
 Only for a live disk that is a file descriptor: a raw file or a block device.
 """
@@ -55,6 +55,7 @@ FUSE_HAS_RESEND = 1 << 39
 _SELF_TEST = 5.0
 _STOP_PATIENCE = 15.0
 _KEEPER_TRIES = 5
+_PAUSE = 0.002
 
 
 class _ServedElsewhere:
@@ -259,19 +260,45 @@ class NativeDatapath:
             return b""
 
     def _replace_keeper(self) -> None:
-        """Start the next keeper; what is left of the old one is ended by it. Raises after some failures."""
+        """Go on with the keeper's standby, or start the next keeper where that is dead too.
+
+        What is left of the old ones is ended by the new. Raises after some failures.
+        """
         assert self._descriptors is not None
         assert self._connection is not None
         self._reap()
+        self._connection.close()
         for attempt in range(_KEEPER_TRIES):
-            self._connection.close()
+            if self._resumed():
+                return
             log.warning("keeper died: the next one is started attempt=%d", attempt + 1)
             self._keeper, self._connection = keeper.spawn(
                 self._program, self._path, self._descriptors, self._log
             )
             if self._keeper_stands():
                 return
+            self._connection.close()
         raise RuntimeError("no keeper can be started")
+
+    def _resumed(self) -> bool:
+        """Connect to the standby that has become the keeper; False where nobody is left to become it."""
+        header = self.memory.header
+        while True:
+            # In this order: a standby that takes over is the keeper before it has a standby of its own.
+            lives = any(
+                keeper.is_alive(pid, start)
+                for pid, start in (
+                    (header.standby_pid, header.standby_start),
+                    (header.keeper_pid, header.keeper_start),
+                )
+            )
+            connection = keeper.resume(self._path)
+            if connection is not None:
+                self._connection = connection
+                return True
+            if not lives:
+                return False
+            time.sleep(_PAUSE)
 
     def _keeper_stands(self) -> bool:
         """Wait until the new keeper answers or is dead."""

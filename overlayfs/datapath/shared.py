@@ -4,7 +4,7 @@
     header | slots | rows | restart | session | written | taken | scan
 
 A memfd of fixed size, sealed against any other. Whoever holds a descriptor of it holds all that must
-outlive a process: the session, the keeper and the server are each replaced without it. Numbers are
+outlive a process: the session, the keeper, its standby and the server are each replaced without it. Numbers are
 64-bit words that C writes atomically; this side reads them at any time and writes only what is not
 being served yet, and `restart` and `session`.
 """
@@ -60,7 +60,8 @@ _STATE = [
         "epoch",
         "swap_state",
     ),
-    *("keeper_pid", "keeper_start", "server_pid", "server_start", "servers", "locked", "sessions"),
+    *("keeper_pid", "keeper_start", "server_pid", "server_start", "standby_pid", "standby_start"),
+    *("ending", "servers", "locked", "sessions"),
 ]
 
 

@@ -28,7 +28,7 @@ def kill_session(mountpoint: Path) -> None:
 
 
 def natives(mountpoint: Path) -> list[int]:
-    """The processes of the mount's data path, keeper and server."""
+    """The processes of the mount's data path: keeper, standby and server."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -134,7 +134,7 @@ def test_adopting_nothing_is_one_line(tmp_path: Path) -> None:
 
 
 def test_everything_is_killed_in_turns_under_writers(tmp_path: Path, mountpoint: Path) -> None:
-    """Session, server and keeper, again and again: the writers see no error, the map misses nothing."""
+    """Session, server, keeper and standby, again and again: the writers see no error, the map misses nothing."""
     size = 24 * MIB
     live, reference = images.pair(tmp_path, size, changed=range(0, 380, 7))
     output = tmp_path / "map.qcow2"
@@ -152,7 +152,9 @@ def test_everything_is_killed_in_turns_under_writers(tmp_path: Path, mountpoint:
                 for pid in natives(mount):
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
-                    wait.until(lambda: len(natives(mount)) == 2, "keeper and server are back")
+                    wait.until(
+                        lambda: len(natives(mount)) == 3, "keeper, standby and server are back"
+                    )
                 kill_session(mount)
                 killed += 1
             assert [writer.wait() for writer in writers] == [0, 0, 0]
@@ -181,7 +183,7 @@ def test_fio_verifies_across_kills(tmp_path: Path, mountpoint: Path) -> None:
         while fio.poll() is None:
             for pid in natives(mount):
                 os.kill(pid, signal.SIGKILL)
-                wait.until(lambda: len(natives(mount)) == 2, "keeper and server are back")
+                wait.until(lambda: len(natives(mount)) == 3, "keeper, standby and server are back")
         said, _ = fio.communicate()
         assert fio.returncode == 0, said
         assert command.status(mount)["guest"]["writes"]["errors"] == 0

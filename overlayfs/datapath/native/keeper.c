@@ -2,11 +2,16 @@
 /* The keeper: holds every descriptor, does next to nothing, and so lives on. It is the server's parent;
  * when the server dies it has the kernel send the unanswered requests again and starts the next one.
  * When the session dies it starts the session's command line again, or waits for one to adopt the mount.
- * A keeper that is killed takes its server along (PDEATHSIG), and the session, which has every
- * descriptor too, starts the next keeper with them. When the mount is gone, all of them end.
+ * A keeper that is killed takes its server along (PDEATHSIG). Its standby, a child that only waits for that,
+ * has every descriptor too and becomes the next keeper; where both are killed at once the session, which
+ * also has them, starts one. When the mount is gone, all of them end.
+ *
+ *   session  <---- restarted by ---- keeper ---- restarts ----> server
+ *      '------ if both are dead: -----^  '------ restarts ----> standby (becomes the keeper)
  *
  * A SOCK_SEQPACKET socket in the session's private folder takes one word a packet:
  *   session   the caller becomes the session: "ok" with its socket and all descriptors, or "busy PID"
+ *   resume    "ok": the session, whose keeper has died, goes on with this one
  *   drain     "ok" once every write in flight now is done
  *   swap      the bits written so far are moved to `taken`
  *   commit    what was taken is forgotten        back   it is written again
@@ -65,7 +70,11 @@ struct keeper {
     uint64_t server_began, server_due; /* due: 0 or when the next one is started */
     unsigned server_quick, broken;
 
+    pid_t standby;
+    uint64_t standby_began, standby_due;
+
     int session; /* connection; -1 while there is none */
+    bool session_missed; /* its end has been noticed */
     pid_t session_child; /* the one that we started, until it is reaped */
     uint64_t session_began, session_due;
     unsigned session_quick;
@@ -131,7 +140,8 @@ static void close_in_child(struct keeper *keeper)
 {
     close(keeper->listener);
     close(keeper->signals);
-    close(keeper->memory);
+    if (keeper->channel >= 0)
+        close(keeper->channel);
     if (keeper->session >= 0)
         close(keeper->session);
     for (int i = 0; i < CLIENTS; i++)
@@ -149,6 +159,7 @@ static _Noreturn void become_server(struct keeper *keeper, pid_t parent, int cha
     atomic_store(&keeper->shared->server_start, start);
     atomic_store(&keeper->shared->server_pid, (uint64_t)getpid());
     close_in_child(keeper);
+    close(keeper->memory);
     keeper->environment->channel = channel;
     exit(server_main(keeper->environment));
 }
@@ -179,6 +190,69 @@ static void start_server(struct keeper *keeper)
     }
 }
 
+/* Waits until the keeper is dead, and takes its place: a fresh image with the same descriptors. */
+static _Noreturn void become_standby(struct keeper *keeper, pid_t parent)
+{
+    const struct environment *environment = keeper->environment;
+    int process = (int)syscall(SYS_pidfd_open, parent, 0);
+    struct pollfd wanted = {.fd = process, .events = POLLIN};
+    prctl(PR_SET_NAME, "posthoc-standby");
+    close_in_child(keeper);
+    /* No longer its child: it died before it could be watched. */
+    if (process >= 0 && getppid() == parent)
+        while (poll(&wanted, 1, -1) < 0 && errno == EINTR)
+            ;
+    if (atomic_load(&keeper->shared->ending))
+        _exit(0);
+    say("keeper died: its standby takes over");
+    const int passed[] = {environment->fuse, environment->live, environment->direct, keeper->memory,
+                          environment->session};
+    char numbers[5][16];
+    for (unsigned i = 0; i < 5; i++) {
+        snprintf(numbers[i], sizeof numbers[i], "%d", passed[i]);
+        if (passed[i] >= 0)
+            fcntl(passed[i], F_SETFD, 0);
+    }
+    execl("/proc/self/exe", "posthoc-datapath", "keeper", numbers[0], numbers[1], numbers[2], numbers[3],
+          numbers[4], "-1", keeper->path, (char *)NULL);
+    say("no keeper can be started errno=%d", errno);
+    _exit(EXIT_BROKEN);
+}
+
+static void start_standby(struct keeper *keeper)
+{
+    uint64_t start = 0;
+    pid_t parent = getpid();
+    keeper->standby_due = 0;
+    keeper->standby_began = clock_nanoseconds();
+    keeper->standby = fork();
+    if (keeper->standby == 0)
+        become_standby(keeper, parent);
+    if (keeper->standby < 0) {
+        keeper->standby_due = keeper->standby_began + SECOND;
+        return;
+    }
+    process_start(keeper->standby, &start);
+    atomic_store(&keeper->shared->standby_start, start);
+    atomic_store(&keeper->shared->standby_pid, (uint64_t)keeper->standby);
+}
+
+static void end_standby(struct keeper *keeper)
+{
+    if (keeper->standby <= 0)
+        return;
+    kill(keeper->standby, SIGKILL);
+    waitpid(keeper->standby, NULL, 0);
+    keeper->standby = 0;
+}
+
+static void standby_reaped(struct keeper *keeper)
+{
+    uint64_t now = clock_nanoseconds();
+    keeper->standby = 0;
+    keeper->standby_due = now - keeper->standby_began < SERVER_QUICK ? now + SERVER_DELAY : now;
+}
+
 static void reply(int client, const char *word)
 {
     if (send(client, word, strlen(word), MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
@@ -197,6 +271,7 @@ static void drop_client(struct client *client)
 static void finish(struct keeper *keeper)
 {
     keeper->done = true;
+    atomic_store(&keeper->shared->ending, 1);
     unlink(keeper->path);
     for (int i = 0; i < CLIENTS; i++)
         if (keeper->clients[i].fd >= 0)
@@ -289,6 +364,8 @@ static void reap(struct keeper *keeper)
     while (!keeper->done && (pid = waitpid(-1, &status, WNOHANG)) > 0) {
         if (pid == keeper->server) {
             server_reaped(keeper, status);
+        } else if (pid == keeper->standby) {
+            standby_reaped(keeper);
         } else if (pid == keeper->session_child) {
             keeper->session_child = 0;
             /* One that had connected is noticed by its connection's end. */
@@ -326,12 +403,37 @@ static void copy_buffer_size(int from, int to)
         setsockopt(to, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
 }
 
+/* Whether a session holds the other end of the control requests' way, connected here or not (any more). */
+static bool session_lives(const struct keeper *keeper)
+{
+    struct pollfd end = {.fd = keeper->environment->session};
+    return poll(&end, 1, 0) == 0;
+}
+
+static void connect_session(struct keeper *keeper, int client)
+{
+    keeper->session = client;
+    keeper->session_missed = false;
+    keeper->session_began = clock_nanoseconds();
+    keeper->session_due = 0;
+}
+
+/* The session of a keeper that died comes back. False if `client` cannot be that. */
+static bool resume(struct keeper *keeper, int client)
+{
+    if (keeper->session >= 0 || !session_lives(keeper))
+        return false;
+    connect_session(keeper, client);
+    reply(client, "ok");
+    return true;
+}
+
 /* Makes `client` the session. False if there is one already. */
 static bool adopt(struct keeper *keeper, int client)
 {
     struct environment *environment = keeper->environment;
     int pair[2];
-    if (keeper->session >= 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+    if (keeper->session >= 0 || session_lives(keeper) || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
         return false;
     copy_buffer_size(environment->session, pair[0]);
     copy_buffer_size(environment->session, pair[1]);
@@ -350,9 +452,10 @@ static bool adopt(struct keeper *keeper, int client)
     if (keeper->channel >= 0)
         send_descriptors(keeper->channel, "session", &pair[0], 1);
     close(pair[1]);
-    keeper->session = client;
-    keeper->session_began = clock_nanoseconds();
-    keeper->session_due = 0;
+    connect_session(keeper, client);
+    /* The former one has the former session's socket. */
+    end_standby(keeper);
+    start_standby(keeper);
     return true;
 }
 
@@ -381,6 +484,7 @@ static void tell_pids(const struct keeper *keeper, int client)
 static void stop(struct keeper *keeper)
 {
     keeper->stopping = true;
+    atomic_store(&keeper->shared->ending, 1);
     keeper->stop_deadline = clock_nanoseconds() + STOP_PATIENCE;
     if (keeper->server > 0)
         reply(keeper->channel, "stop");
@@ -395,6 +499,11 @@ static void obey(struct keeper *keeper, struct client *client, const char *word)
             client->fd = -1; /* now keeper->session, or gone */
         else
             refuse_adoption(keeper, client->fd);
+    } else if (strcmp(word, "resume") == 0) {
+        if (resume(keeper, client->fd))
+            client->fd = -1;
+        else
+            reply(client->fd, "busy");
     } else if (strcmp(word, "swap") == 0) {
         record_swap(keeper->shared);
         reply(client->fd, "ok");
@@ -457,7 +566,15 @@ static void session_spoke(struct keeper *keeper)
         return;
     close(keeper->session);
     keeper->session = -1;
+    keeper->session_missed = true;
     plan_session(keeper, clock_nanoseconds() - keeper->session_began < SESSION_QUICK);
+}
+
+/* Before it has come back to this keeper, which took over from another. */
+static void session_hung_up(struct keeper *keeper)
+{
+    keeper->session_missed = true;
+    plan_session(keeper, false);
 }
 
 /* Does what is due and returns how long poll() may wait, milliseconds. */
@@ -477,13 +594,16 @@ static int look_at_clock(struct keeper *keeper)
         start_server(keeper);
     if (keeper->session_due && keeper->session_due <= now)
         start_session(keeper);
+    if (keeper->standby_due && keeper->standby_due <= now)
+        start_standby(keeper);
     if (keeper->stop_deadline && keeper->stop_deadline <= now && keeper->server > 0) {
         keeper->stop_deadline = 0;
         say("server does not stop: killed");
         kill(keeper->server, SIGKILL);
     }
-    const uint64_t times[] = {keeper->server_due, keeper->session_due, keeper->stop_deadline};
-    for (unsigned i = 0; i < 3; i++)
+    const uint64_t times[] = {keeper->server_due, keeper->session_due, keeper->standby_due,
+                              keeper->stop_deadline};
+    for (unsigned i = 0; i < sizeof times / sizeof *times; i++)
         if (times[i] && times[i] < next)
             next = times[i];
     if (draining)
@@ -495,25 +615,33 @@ static int look_at_clock(struct keeper *keeper)
 
 static void run(struct keeper *keeper)
 {
+    enum { SIGNALS, LISTENER, SESSION, HANG_UP, FIRST_CLIENT };
     while (!keeper->done) {
-        struct pollfd wanted[3 + CLIENTS] = {{.fd = keeper->signals, .events = POLLIN},
-                                             {.fd = keeper->listener, .events = POLLIN},
-                                             {.fd = keeper->session, .events = POLLIN}};
+        struct pollfd wanted[FIRST_CLIENT + CLIENTS] = {
+            [SIGNALS] = {.fd = keeper->signals, .events = POLLIN},
+            [LISTENER] = {.fd = keeper->listener, .events = POLLIN},
+            [SESSION] = {.fd = keeper->session, .events = POLLIN},
+            [HANG_UP] = {.fd = keeper->session < 0 && !keeper->session_missed ? keeper->environment->session : -1}};
         for (int i = 0; i < CLIENTS; i++)
-            wanted[3 + i] = (struct pollfd){.fd = keeper->clients[i].fd, .events = POLLIN};
+            wanted[FIRST_CLIENT + i] = (struct pollfd){.fd = keeper->clients[i].fd, .events = POLLIN};
         int pause = look_at_clock(keeper);
-        if (keeper->done || poll(wanted, 3 + CLIENTS, pause) < 0)
+        if (keeper->done || poll(wanted, FIRST_CLIENT + CLIENTS, pause) < 0)
             continue;
-        if (wanted[0].revents)
+        if (wanted[SIGNALS].revents)
             reap(keeper);
-        if (wanted[2].revents && !keeper->done)
+        if (wanted[SESSION].revents && !keeper->done)
             session_spoke(keeper);
-        for (int i = 0; i < CLIENTS && !keeper->done; i++)
-            if (wanted[3 + i].revents && keeper->clients[i].fd == wanted[3 + i].fd)
+        if (wanted[HANG_UP].revents && !keeper->done)
+            session_hung_up(keeper);
+        for (int i = 0; i < CLIENTS && !keeper->done; i++) {
+            struct pollfd *client = &wanted[FIRST_CLIENT + i];
+            if (client->revents && keeper->clients[i].fd == client->fd)
                 listen_to(keeper, &keeper->clients[i]);
-        if (wanted[1].revents && !keeper->done)
+        }
+        if (wanted[LISTENER].revents && !keeper->done)
             welcome(keeper);
     }
+    end_standby(keeper);
 }
 
 static int open_listener(const char *path)
@@ -551,6 +679,8 @@ static void succeed(struct keeper *keeper)
     struct shared_header *shared = keeper->shared;
     await_gone(atomic_load(&shared->keeper_pid), atomic_load(&shared->keeper_start));
     await_gone(atomic_load(&shared->server_pid), atomic_load(&shared->server_start));
+    if (atomic_load(&shared->standby_pid) != (uint64_t)getpid())
+        await_gone(atomic_load(&shared->standby_pid), atomic_load(&shared->standby_start));
     record_reset_sequences(shared);
     if (atomic_load(&shared->swap_state) == SWAP_TAKING)
         record_give_back(shared);
@@ -580,6 +710,7 @@ int keeper_main(struct environment *environment, int memory, int command, const 
         return EXIT_BROKEN;
     }
     succeed(&keeper);
+    start_standby(&keeper);
     if (atomic_load(&keeper.shared->servers) > 0 && !resend(&keeper))
         finish(&keeper);
     else

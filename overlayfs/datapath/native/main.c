@@ -2,7 +2,8 @@
 /* posthoc-datapath: serves the disk of a posthoc mount. Started by the session, never by hand.
  *
  *   posthoc-datapath keeper FUSE LIVE DIRECT MEMORY SESSION COMMAND PATH
- *       six descriptors (DIRECT may be -1) and the path of the socket to listen on
+ *       six descriptors (DIRECT may be -1, COMMAND too where the session is to come by itself) and the path
+ *       of the socket to listen on
  *   posthoc-datapath --layout
  *       the layout of the shared memory, a line for each field: name, offset, length
  */
@@ -33,7 +34,8 @@ static int print_layout(void)
         HEADER(written_offset), HEADER(taken_offset), HEADER(bitmap_length), HEADER(scan_offset),
         HEADER(scan_length), HEADER(kernel_flags), HEADER(granted_flags), HEADER(init_length),
         HEADER(init_epoch), HEADER(answered), HEADER(epoch), HEADER(swap_state), HEADER(keeper_pid),
-        HEADER(keeper_start), HEADER(server_pid), HEADER(server_start), HEADER(servers), HEADER(locked),
+        HEADER(keeper_start), HEADER(server_pid), HEADER(server_start),
+        HEADER(standby_pid), HEADER(standby_start), HEADER(ending), HEADER(servers), HEADER(locked),
         HEADER(sessions), HEADER(init),
         {"slot", SHARED_SLOTS, sizeof(struct shared_slot)},
         SLOT(sequence), SLOT(requests), SLOT(kinds),

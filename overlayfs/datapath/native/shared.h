@@ -90,6 +90,9 @@ struct shared_header {
     _Atomic uint64_t keeper_start; /* clock ticks since boot: a pid alone may have been given anew */
     _Atomic uint64_t server_pid;
     _Atomic uint64_t server_start;
+    _Atomic uint64_t standby_pid;
+    _Atomic uint64_t standby_start;
+    _Atomic uint64_t ending;   /* 1 once all of it is to end: a keeper's death is then no accident */
     _Atomic uint64_t servers;  /* how many have been started */
     _Atomic uint64_t locked;   /* 1 if the server's buffers are locked into memory */
     _Atomic uint64_t sessions; /* restarts of the session by the keeper */

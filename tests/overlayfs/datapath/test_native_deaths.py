@@ -252,14 +252,58 @@ def test_unmounted_while_nobody_serves(serve: Serve) -> None:
         wait.until(lambda: not it.processes(), "no process is left")
 
 
-def test_keeper_and_session_die_together(serve: Serve) -> None:
+def test_keeper_dies_before_the_next_session_is_there(serve: Serve) -> None:
+    """Nobody is left who was there at the start, and no reader or writer sees an error."""
+    with serve() as it, load(it) as writers:
+        for _ in range(4):
+            go_on(writers)
+            session, keeper = it.pid("session"), it.pid("keeper")
+            os.kill(session, signal.SIGKILL)
+            os.kill(keeper, signal.SIGKILL)
+            if session == it.process.pid:
+                it.process.wait()
+            wait.until(lambda old=session: it.pid("session") != old, "the next session is there")
+        go_on(writers)
+
+
+def test_keeper_dies_while_the_session_is_stopped(serve: Serve) -> None:
+    """Python may sleep as long as it likes: its keeper is replaced by the standby, several times over."""
+    with serve() as it, load(it) as writers:
+        session = it.pid("session")
+        os.kill(session, signal.SIGSTOP)
+        try:
+            for _ in range(5):
+                go_on(writers)
+                it.kill("keeper")
+            go_on(writers)
+        finally:
+            os.kill(session, signal.SIGCONT)
+        wait.until(lambda: it.pid("session") == session, "the session has come back")
+        assert it.facts()["pid"] == session
+
+
+def test_all_but_the_session_die_at_once(serve: Serve) -> None:
+    """Keeper, standby and server: the session, which has every descriptor, starts the next keeper."""
+    with serve() as it, load(it) as writers:
+        for _ in range(4):
+            go_on(writers)
+            keeper = it.pid("keeper")
+            session = it.pid("session")
+            for pid in it.processes():
+                if pid != session:
+                    os.kill(pid, signal.SIGKILL)
+            wait.until(lambda old=keeper: it.pid("keeper") != old, "the next keeper is there")
+        go_on(writers)
+
+
+def test_everything_dies_at_once(serve: Serve) -> None:
     """Nobody is left who could replace them: the connection ends, and no request hangs."""
     with serve() as it:
         disk = os.open(it.disk, os.O_RDONLY)
-        keeper = it.pid("keeper")
-        os.kill(it.process.pid, signal.SIGSTOP)
-        os.kill(keeper, signal.SIGKILL)
-        os.kill(it.process.pid, signal.SIGKILL)
+        for pid in it.processes():
+            os.kill(pid, signal.SIGSTOP)
+        for pid in it.processes():
+            os.kill(pid, signal.SIGKILL)
         it.process.wait()
         wait.until(lambda: not it.processes(), "no process is left")
         with pytest.raises(OSError, match="not connected|connection abort"):

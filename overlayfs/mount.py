@@ -4,10 +4,12 @@
     check -> open_device -> pyfuse3.init -> main and run -> started() -> ... -> unmounted -> close
 
 It ends in one of three ways: unmounted from outside (after a lazy umount: when the last file is closed),
-cancelled, or broken by an error of pyfuse3's or the data path's. In every one of them the mount is gone
-when `serve` returns or raises. Cancelled, it is unmounted first, while it is still being served, because
-the kernel may have dirty pages of a writable mapping to write; if files are open it is detached, the
-requests that have reached us are finished and answered, and the rest fail with ENOTCONN.
+cancelled, or broken by an error of pyfuse3's or the data path's. The mount is gone when `serve` returns or
+raises, but for one case: a session breaks whose data path serves without it. That is left to the next
+session, since the guest's disk must not end with a bug of ours. Cancelled, it is unmounted first, while it
+is still being served, because the kernel may have dirty pages of a writable mapping to write; if files are
+open it is detached, the requests that have reached us are finished and answered, and the rest fail with
+ENOTCONN.
 """
 
 from __future__ import annotations
@@ -60,19 +62,28 @@ async def serve(
     if not adopted:
         _check_fuse(options)
     with _device(files, path, resolved, options) as mine:
+        left = False
         try:
             await _serve(path, mine, task_status)
-        except BaseExceptionGroup as group:
-            if len(group.exceptions) > 1:
-                raise
-            raise group.exceptions[0] from None
+        except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 (raised again)
+            alone = _alone(error)
+            left = isinstance(alone, Exception) and (adopted or mine.ready) and path.leave()
+            raise alone from None
         finally:
             # The connection is closed before the last resort: the mount has no server any more, and
             # unmounting must not wait for an answer.
             pyfuse3.close(unmount=False)
             with trio.CancelScope(shield=True):
-                await mine.remove()
+                if not left:
+                    await mine.remove()
                 await mine.reap()
+
+
+def _alone(error: BaseException) -> BaseException:
+    """Return the one exception of a group of one."""
+    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        return error.exceptions[0]
+    return error
 
 
 class _Mounted:
@@ -83,6 +94,7 @@ class _Mounted:
         mount = mountpoint.find(path)
         self._identity = mount.identity if mount else None
         self._asking: trio.Process | None = None
+        self.ready = False
 
     async def ask(self) -> str | None:
         """Return None when the mount answers a child's statfs, else what was wrong.
@@ -176,6 +188,7 @@ async def _serve(
             answered = await mine.ask()
             if answered is None:
                 log.info("mounted mountpoint=%s datapath=%s", mine.path, path.description())
+                mine.ready = True
                 task_status.started(mine.path)
                 await over.wait()
         finally:

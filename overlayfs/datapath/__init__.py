@@ -86,14 +86,18 @@ class Datapath(Protocol):
         Runs while the file system is being unmounted, and is cancelled when main has returned.
         """
 
+    def leave(self) -> bool:
+        """After a bug of this session's: leave the mount to the next one, to which it answers. False where there
+        is none to come; then it is to be unmounted."""
+
     def close_device(self) -> None:
         """Let go of what `open_device` made; idempotent. The file system is unmounted by then."""
 
     async def drain(self) -> None:
         """Return when every write that had begun at the call is done, failed or not."""
 
-    def swap(self) -> bitmap.Bitmap:
-        """Return the write bitmap and begin an empty one, in one step as seen by every writer.
+    async def swap(self) -> bitmap.Bitmap:
+        """Return the write bitmap and begin an empty one; no bit is lost to a writer meanwhile.
 
         A checkpoint is `swap`, then `drain`, then reading: the writes in flight at the swap are in the
         returned bitmap only, so their bytes must have landed before the disk is read for it.

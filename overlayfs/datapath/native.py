@@ -55,7 +55,7 @@ FUSE_HAS_RESEND = 1 << 39
 _SELF_TEST = 5.0
 _STOP_PATIENCE = 15.0
 _KEEPER_TRIES = 5
-_PAUSE = 0.002
+_PAUSE, _RETRY = 0.002, 0.5
 
 
 class _ServedElsewhere:
@@ -98,7 +98,7 @@ class NativeDatapath:
         self._live = -1
         self._direct: int | None = None
         self._socket_buffer = SOCKET_BUFFER
-        self._adopted = False
+        self._adopted = self._left = False
         self.disk: datapath.Disk = _ServedElsewhere(-1, memory.size)
 
     @classmethod
@@ -272,9 +272,15 @@ class NativeDatapath:
             if self._resumed():
                 return
             log.warning("keeper died: the next one is started attempt=%d", attempt + 1)
-            self._keeper, self._connection = keeper.spawn(
-                self._program, self._path, self._descriptors, self._log
-            )
+            try:
+                self._keeper, self._connection = keeper.spawn(
+                    self._program, self._path, self._descriptors, self._log
+                )
+            except NativeUnavailable as error:
+                # Processes or memory may be short for a moment.
+                log.warning("%s", error)
+                time.sleep(_RETRY)
+                continue
             if self._keeper_stands():
                 return
             self._connection.close()
@@ -301,19 +307,29 @@ class NativeDatapath:
             time.sleep(_PAUSE)
 
     def _keeper_stands(self) -> bool:
-        """Wait until the new keeper answers or is dead."""
-        try:
-            return bool(keeper.ask(self._path, "pids"))
-        except OSError:
-            return False
+        """Wait until the keeper that was started keeps, or is dead."""
+        assert self._keeper is not None
+        while self.memory.header.keeper_pid != self._keeper.pid:
+            if self._keeper.poll() is not None:
+                return False
+            time.sleep(_PAUSE)
+        return True
 
     def _reap(self) -> None:
         if self._keeper is not None:
             self._keeper.wait()
             self._keeper = None
 
+    def leave(self) -> bool:
+        """Leave the disk being served to the next session; False where nobody would start one or serve it."""
+        header = self.memory.header
+        self._left = not header.ending and keeper.is_alive(header.keeper_pid, header.keeper_start)
+        return self._left
+
     def close_device(self) -> None:
         """Let the server finish what it has begun, end it and the keeper, and close the connection.
+
+        After `leave` only the connection is closed.
 
         Idempotent. The write bitmap and the statistics remain readable.
         """
@@ -322,11 +338,13 @@ class NativeDatapath:
             return
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._stop(connection)
+            if not self._left:
+                self._stop(connection)
             connection.close()
         descriptors.close()
         self._direct = None
-        self._reap()
+        if not self._left:
+            self._reap()
 
     def _stop(self, connection: socket.socket) -> None:
         """Ask the keeper to end, and return when it has: its connection ends with it."""
@@ -344,19 +362,19 @@ class NativeDatapath:
         """Return when every write that had begun at the call is done, failed or not."""
         await trio.to_thread.run_sync(self._ask, "drain")
 
-    def swap(self) -> bitmap.Bitmap:
+    async def swap(self) -> bitmap.Bitmap:
         """Return the write bitmap and begin an empty one.
 
         Until the next `swap` or `commit`, the bits that were taken stay in the shared memory, and a session
         that adopts the mount finds them written again: this one died before it made use of them.
         """
-        self.commit()
-        self._ask("swap")
+        await self.commit()
+        await trio.to_thread.run_sync(self._ask, "swap")
         return self.memory.taken.copy()
 
-    def commit(self) -> None:
+    async def commit(self) -> None:
         """Forget what the last `swap` took: whoever wanted it has it on stable storage."""
-        self._ask("commit")
+        await trio.to_thread.run_sync(self._ask, "commit")
 
     def _ask(self, word: str) -> None:
         answer = keeper.ask(self._path, word)

@@ -140,6 +140,10 @@ class PythonDatapath:
         task_status.started()
         await trio.sleep_forever()
 
+    def leave(self) -> bool:
+        """The disk ends with this process."""
+        return False
+
     def close_device(self) -> None:
         """pyfuse3 closes its own device."""
 
@@ -147,8 +151,8 @@ class PythonDatapath:
         """Return when every write that was in flight at the call is done."""
         await self.disk.drain()
 
-    def swap(self) -> bitmap.Bitmap:
-        """Return the write bitmap and begin an empty one."""
+    async def swap(self) -> bitmap.Bitmap:
+        """Return the write bitmap and begin an empty one, with no await between the two."""
         return self.recorder.swap()
 
     def close(self) -> None:

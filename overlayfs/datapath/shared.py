@@ -61,7 +61,7 @@ _STATE = [
         "swap_state",
     ),
     *("keeper_pid", "keeper_start", "server_pid", "server_start", "standby_pid", "standby_start"),
-    *("ending", "servers", "locked", "sessions"),
+    *("ending", "servers", "locked", "sessions", "attributes_length"),
 ]
 
 
@@ -70,6 +70,7 @@ class Header(ctypes.LittleEndianStructure):
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in _GEOMETRY + _STATE),
+        ("attributes", ctypes.c_uint8 * 104),
         ("init", ctypes.c_uint8 * 256),
     ]
 
@@ -154,6 +155,9 @@ class Memory:
             total += _padded(length)
         fd = os.memfd_create("posthoc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.truncate(fd, total)
+        # What a writer needs has its memory now: where there is none later, the server would die of its first mark,
+        # and so would the next one.
+        os.posix_fallocate(fd, 0, offsets["taken"])
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         with mmap.mmap(fd, 0) as memory:
             header = Header(
@@ -212,13 +216,18 @@ class Memory:
         return words.reshape(SLOTS, -1)
 
     def write_restart(self, command: list[str]) -> None:
-        """Set the command line that starts a new session; [] for none. ValueError if too long."""
+        """Set the command line that starts a new session; [] for none. ValueError if too long.
+
+        What stands there already is not written again: a session killed meanwhile would leave none.
+        """
         if command and not os.path.isabs(command[0]):
             raise ValueError(f"{command[0]} is not an absolute path")
         data = b"".join(os.fsencode(word) + b"\0" for word in command) + b"\0"
         if len(data) > self.header.restart_length:
             raise ValueError("the command line is too long")
         start = self.header.restart_offset
+        if self._map[start : start + len(data)] == data:
+            return
         # The first byte last: whoever reads meanwhile finds no command.
         self._map[start] = 0
         self._map[start + 1 : start + len(data)] = data[1:]
@@ -227,18 +236,24 @@ class Memory:
     @property
     def session(self) -> bytes:
         """What a session left for the next one."""
-        start = self.header.session_offset
-        length = int.from_bytes(self._map[start : start + 8], "little")
-        return self._map[start + 8 : start + 8 + min(length, self.header.session_length - 8)]
+        where, room = self._session_half(self._map[self.header.session_offset])
+        length = int.from_bytes(self._map[where : where + 8], "little")
+        return self._map[where + 8 : where + 8 + min(length, room)]
 
     def write_session(self, data: bytes) -> None:
         """Leave `data` for the next session; ValueError if it is too long."""
-        start = self.header.session_offset
-        if len(data) > self.header.session_length - 8:
+        current = self._map[self.header.session_offset]
+        where, room = self._session_half(not current)
+        if len(data) > room:
             raise ValueError("a session's description is too long")
-        self._map[start : start + 8] = bytes(8)
-        self._map[start + 8 : start + 8 + len(data)] = data
-        self._map[start : start + 8] = len(data).to_bytes(8, "little")
+        self._map[where : where + 8 + len(data)] = len(data).to_bytes(8, "little") + data
+        # One byte decides: killed at any moment, the former description is whole, or this one is.
+        self._map[self.header.session_offset] = not current
+
+    def _session_half(self, which: int) -> tuple[int, int]:
+        """Return where one of the session's two halves begins, with 8 bytes of length, and its room behind."""
+        half = (self.header.session_length - 8) // 2
+        return self.header.session_offset + 8 + which * half, half - 8
 
     def close(self) -> None:
         """Close the descriptor; idempotent. Views stay valid: the memory goes with the last of them."""

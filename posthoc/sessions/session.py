@@ -142,12 +142,12 @@ class Session:
             self._again = trio.Event()
             try:
                 await self._scan.run()
+                self._log_scan()
+                if self._scan.statistics().state == progress.COMPLETE:
+                    await trio.to_thread.run_sync(self._output.write, self.map())
             except Exception as error:  # noqa: BLE001 (kept, told in status and at the end)
                 self._bug = error
                 log.error("the scan failed:\n%s", "".join(traceback.format_exception(error)))
-            self._log_scan()
-            if self._scan.statistics().state == progress.COMPLETE:
-                await trio.to_thread.run_sync(self._output.write, self.map())
             await self._again.wait()
 
     def _log_scan(self) -> None:

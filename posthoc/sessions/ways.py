@@ -115,10 +115,17 @@ def open_native(
 
 @contextlib.contextmanager
 def adopt_native(folder: state.Folder) -> Iterator[native.NativeDatapath]:
-    """Take over the data path of a mount whose session has died. Raises UserError."""
+    """Take over the data path of a mount whose session has died. Raises UserError.
+
+    What goes wrong within the context ends this session only: the disk goes on being served.
+    """
     way = native.NativeDatapath.adopt(_keeper_socket(folder), log=folder.log)
     with contextlib.closing(way):
-        yield way
+        try:
+            yield way
+        except Exception:
+            way.leave()
+            raise
 
 
 @contextlib.contextmanager

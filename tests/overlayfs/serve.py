@@ -328,7 +328,7 @@ class Server:
         }
 
     def do_swap(self, _: trio.Nursery) -> list[int]:
-        taken = self.path.swap()
+        taken = self.recorder.swap()
         return [first + i for first, count in taken.runs() for i in range(count)]
 
     def do_drain(self, nursery: trio.Nursery) -> None:

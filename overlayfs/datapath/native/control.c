@@ -219,6 +219,8 @@ static void accept_request(struct control *control, unsigned char *request, size
         atomic_store(&row->unique, unique);
     }
     if (copy->answer) {
+        if (row->opcode == FUSE_INIT)
+            atomic_store(&control->shared->answered, 1);
         ((struct fuse_out_header *)copy->answer->data)->unique = head->unique;
         answer(control, copy->answer->data, copy->answer->length);
         release(control, i);
@@ -231,6 +233,13 @@ static void accept_request(struct control *control, unsigned char *request, size
     }
 }
 
+/* Nobody waits for these. A release is answered at once, since 64 unanswered ones (max_background) would hold up
+ * the disk's asynchronous requests; the session's answer to it is one to an unknown request. */
+static bool needs_no_answer(uint32_t opcode)
+{
+    return opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET || opcode == FUSE_RELEASE || opcode == FUSE_RELEASEDIR;
+}
+
 void control_request(struct control *control, unsigned char *request, size_t length)
 {
     const struct fuse_in_header *head = (void *)request;
@@ -239,8 +248,10 @@ void control_request(struct control *control, unsigned char *request, size_t len
     pthread_mutex_lock(&control->mutex);
     if (head->opcode == FUSE_INIT)
         note_init(control, request, length);
-    if (head->opcode == FUSE_FORGET || head->opcode == FUSE_BATCH_FORGET) {
-        /* Has no answer, and nothing depends on it: lost where it cannot be sent now. */
+    if (needs_no_answer(head->opcode)) {
+        if (head->opcode == FUSE_RELEASE || head->opcode == FUSE_RELEASEDIR)
+            answer_error(control, head->unique, 0);
+        /* Nothing depends on it: lost where it cannot be sent now. */
         if (control->first == NONE)
             transmit(control, request, length);
     } else if (!limit(control, request, length)) {
@@ -271,7 +282,8 @@ static void patch_init(struct control *control, unsigned char *reply, size_t len
     out->flags = (uint32_t)flags;
     out->flags2 = (uint32_t)(flags >> 32);
     out->max_write = (uint32_t)shared->max_write;
-    out->max_pages = (uint16_t)(shared->max_write / PAGE);
+    /* In the kernel's pages, which need not be of 4 KiB: a READ is as large as they are. */
+    out->max_pages = (uint16_t)(shared->max_write / (size_t)sysconf(_SC_PAGESIZE));
     if (out->max_readahead > CONTROL_LIMIT)
         out->max_readahead = CONTROL_LIMIT;
     /* Measured: 64 is plenty, the kernel's 12 nearly enough. */
@@ -280,11 +292,34 @@ static void patch_init(struct control *control, unsigned char *reply, size_t len
     atomic_store(&shared->granted_flags, flags);
 }
 
+/* Keeps the disk's attributes, which the server answers for from then on. */
+static void note_attributes(struct shared_header *shared, const struct fuse_attr_out *attributes)
+{
+    static_assert(sizeof *attributes == SHARED_ATTRIBUTES, "struct fuse_attr_out");
+    if (atomic_load(&shared->attributes_length))
+        return;
+    memcpy(shared->attributes, attributes, sizeof *attributes);
+    atomic_store(&shared->attributes_length, sizeof *attributes);
+}
+
+static void note_entry(struct shared_header *shared, const struct fuse_entry_out *entry)
+{
+    const struct fuse_attr_out attributes = {
+        .attr_valid = entry->attr_valid, .attr_valid_nsec = entry->attr_valid_nsec, .attr = entry->attr};
+    if (entry->nodeid == DISK_INODE)
+        note_attributes(shared, &attributes);
+}
+
 static void patch(struct control *control, const struct shared_row *row, unsigned char *reply, size_t length)
 {
     const struct fuse_out_header *head = (void *)reply;
     if (head->error)
         return;
+    if (row->opcode == FUSE_LOOKUP && length >= sizeof *head + sizeof(struct fuse_entry_out))
+        note_entry(control->shared, (void *)(reply + sizeof *head));
+    if (row->opcode == FUSE_GETATTR && row->nodeid == DISK_INODE
+        && length >= sizeof *head + sizeof(struct fuse_attr_out))
+        note_attributes(control->shared, (void *)(reply + sizeof *head));
     if (row->opcode == FUSE_INIT)
         patch_init(control, reply, length);
     if (row->opcode == FUSE_OPEN && row->nodeid == DISK_INODE) {
@@ -314,16 +349,19 @@ static void accept_answer(struct control *control, unsigned char *reply, size_t 
         /* Sent by a server that died; the kernel is about to send it again, under another name. */
         free(copy->answer);
         copy->answer = packet_copy(reply, length);
+        /* It is out of the socket: a server that comes after this one has to ask again. */
+        row->sent = 0;
     } else {
         if (copy->resent)
             head->unique |= FUSE_UNIQUE_RESEND;
+        /* Before the kernel goes on: a server killed in between would never replay INIT to a new session. */
+        if (init)
+            atomic_store(&control->shared->answered, 1);
         int error = answer(control, reply, length);
         if (error && error != ENOENT)
             say("answer refused opcode=%u length=%zu errno=%d", row->opcode, length, error);
         release(control, i);
     }
-    if (init)
-        atomic_store(&control->shared->answered, 1);
     pthread_mutex_unlock(&control->mutex);
 }
 
@@ -344,8 +382,8 @@ static bool take_answers(struct control *control)
         }
         if (length >= sizeof *head && head->unique != 0)
             accept_answer(control, control->buffer, length);
-        else if (length >= sizeof *head)
-            queue_push(control->notifications, control->buffer, length);
+        else if (length >= sizeof *head && !queue_push(control->notifications, control->buffer, length))
+            say("out of memory: a notification is lost");
         recv(control->session, control->buffer, 1, MSG_DONTWAIT | MSG_TRUNC);
     }
 }

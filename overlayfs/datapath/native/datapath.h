@@ -37,8 +37,9 @@
 #define WRITE_HEAD (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in))
 /* The largest request or answer of any other inode's data. */
 #define CONTROL_LIMIT (128 * 1024)
-/* Threads beside the ordinary readers: one for slow requests, and readers for when all are stuck. */
-#define SPARES 8
+/* Threads beside the ordinary readers: readers for when all of those are stuck, one for when these are too,
+ * and one for slow requests. */
+#define SPARES 7
 
 /* How a server ends; any other way it has crashed. */
 enum { EXIT_GONE = 0, EXIT_STOPPED = 75, EXIT_BROKEN = 70 };
@@ -60,15 +61,14 @@ struct worker {
      * reply lies in the same memory: its header ends where the payload begins. */
     unsigned char *arena;
     pthread_t thread;
-    bool spare;
-    bool running;
 };
 
 struct server {
     struct environment *environment;
     struct shared_header *shared;
     struct control *control;
-    struct queue *slow;
+    struct queue *slow; /* requests that may take long, for a thread of their own */
+    struct queue *late; /* requests read when every thread was stuck, for whichever is free first */
     size_t room; /* of a request, bytes */
     unsigned workers;
     struct worker worker[SHARED_SLOTS];
@@ -99,8 +99,10 @@ void worker_reply(struct worker *worker, uint64_t unique, int error, size_t leng
 
 /* disk.c: a request of the disk's inode; false if it is not one of those served here. */
 bool disk_serve(struct worker *worker);
-/* Serves what disk_serve left to the slow thread, which is `worker`. */
-void disk_serve_slowly(struct worker *worker);
+/* The same for a thread that must not wait for the disk: what might is left to others. */
+bool disk_serve_later(struct worker *worker);
+/* Serves what was left to others, which is the worker's request now. */
+void disk_serve_now(struct worker *worker);
 
 /* control.c: everything else goes to the session, and its answers come back. */
 struct control *control_new(struct server *server);
@@ -135,9 +137,12 @@ struct packet {
     unsigned char data[];
 };
 struct queue *queue_new(void);
-void queue_push(struct queue *queue, const void *data, size_t length);
+/* False if there is no memory for it. */
+bool queue_push(struct queue *queue, const void *data, size_t length);
 /* Waits; NULL once the queue is closed and empty. The caller frees. */
 struct packet *queue_pop(struct queue *queue);
+/* Does not wait: NULL where it is empty. */
+struct packet *queue_take(struct queue *queue);
 void queue_close(struct queue *queue);
 
 /* keeper.c */

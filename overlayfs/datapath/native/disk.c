@@ -176,6 +176,38 @@ static struct outcome disk_flush(struct worker *worker)
     return (struct outcome){0};
 }
 
+/* The disk's attributes as the session told them once; they never change. Answered here, because the kernel asks
+ * for them anew after every write, and while it waits in lseek() or utimens() no other write can begin. */
+static struct outcome disk_getattr(struct worker *worker)
+{
+    const struct shared_header *shared = worker->server->shared;
+    memcpy(worker_payload(worker), shared->attributes, sizeof(struct fuse_attr_out));
+    return (struct outcome){.length = sizeof(struct fuse_attr_out)};
+}
+
+/* As overlayfs/filesystem.py: size and access stay, times are accepted and stay what they are too. */
+static struct outcome disk_setattr(struct worker *worker)
+{
+    const struct shared_header *shared = worker->server->shared;
+    const struct fuse_setattr_in *in = body(worker);
+    struct fuse_attr_out now;
+    memcpy(&now, shared->attributes, sizeof now);
+    if (in->valid & FATTR_SIZE && in->size != shared->size)
+        return (struct outcome){.error = shared->read_only ? EROFS : EPERM};
+    if ((in->valid & FATTR_MODE && (in->mode ^ now.attr.mode) & 07777)
+        || (in->valid & FATTR_UID && in->uid != now.attr.uid) || (in->valid & FATTR_GID && in->gid != now.attr.gid))
+        return (struct outcome){.error = EPERM};
+    return disk_getattr(worker);
+}
+
+/* An open disk is nothing to the session. Answered here, because 64 unanswered ones (max_background) would hold
+ * up every asynchronous read and write. */
+static struct outcome disk_release(struct worker *worker)
+{
+    (void)worker;
+    return (struct outcome){0};
+}
+
 static const struct operation {
     struct outcome (*serve)(struct worker *worker);
     int kind; /* of the statistics, -1: not counted */
@@ -187,6 +219,9 @@ static const struct operation {
     [FUSE_FLUSH] = {disk_flush, -1, false},
     [FUSE_FALLOCATE] = {disk_fallocate, KIND_DISCARD, true},
     [FUSE_LSEEK] = {disk_lseek, -1, true},
+    [FUSE_GETATTR] = {disk_getattr, -1, false},
+    [FUSE_SETATTR] = {disk_setattr, -1, false},
+    [FUSE_RELEASE] = {disk_release, -1, false},
 };
 
 static void serve(struct worker *worker, const struct operation *operation)
@@ -207,29 +242,50 @@ static void serve(struct worker *worker, const struct operation *operation)
     worker_reply(worker, head.unique, outcome.error, outcome.length);
 }
 
+/* Returns what serves a request, or NULL where it is the session's. */
+static const struct operation *operation_of(const struct worker *worker)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    if (head->nodeid != DISK_INODE || head->opcode >= sizeof operations / sizeof *operations)
+        return NULL;
+    bool of_attributes = head->opcode == FUSE_GETATTR || head->opcode == FUSE_SETATTR;
+    if (of_attributes && !atomic_load(&worker->server->shared->attributes_length))
+        return NULL;
+    return operations[head->opcode].serve ? &operations[head->opcode] : NULL;
+}
+
 bool disk_serve(struct worker *worker)
 {
     const struct fuse_in_header *head = (void *)worker_request(worker);
+    const struct operation *operation = operation_of(worker);
     struct server *server = worker->server;
-    if (head->nodeid != DISK_INODE || head->opcode >= sizeof operations / sizeof *operations)
-        return false;
-    const struct operation *operation = &operations[head->opcode];
-    if (!operation->serve)
+    if (!operation)
         return false;
     if (!operation->heavy) {
         serve(worker, operation);
         return true;
     }
     /* One reader stays free for reads and writes, whatever the disk makes of its flushes. */
-    if (atomic_fetch_add(&server->heavy, 1) + 1 < server->shared->threads)
+    bool free = atomic_fetch_add(&server->heavy, 1) + 1 < server->shared->threads;
+    if (free || !queue_push(server->slow, head, head->len))
         serve(worker, operation);
-    else
-        queue_push(server->slow, head, head->len);
     atomic_fetch_sub(&server->heavy, 1);
     return true;
 }
 
-void disk_serve_slowly(struct worker *worker)
+bool disk_serve_later(struct worker *worker)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    const struct operation *operation = operation_of(worker);
+    struct server *server = worker->server;
+    if (!operation)
+        return false;
+    if (!queue_push(operation->heavy ? server->slow : server->late, head, head->len))
+        serve(worker, operation);
+    return true;
+}
+
+void disk_serve_now(struct worker *worker)
 {
     const struct fuse_in_header *head = (void *)worker_request(worker);
     serve(worker, &operations[head->opcode]);

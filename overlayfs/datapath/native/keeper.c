@@ -33,6 +33,7 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "datapath.h"
@@ -40,8 +41,10 @@
 #define CLIENTS 8
 #define MILLISECOND 1000000ULL
 #define SECOND (1000 * MILLISECOND)
-/* A session that dies sooner than this after it began to serve is started again ever later. */
-#define SESSION_QUICK (100 * MILLISECOND)
+/* A session that gives up sooner than this after it began to serve is started again ever later; one that is
+ * killed is not to blame. */
+#define SESSION_QUICK (10 * SECOND)
+#define SESSION_DELAY (100 * MILLISECOND)
 #define SESSION_LONGEST_DELAY (5 * SECOND)
 /* The same for servers, whose delay is constant: guests wait for them. */
 #define SERVER_QUICK (10 * MILLISECOND)
@@ -61,6 +64,7 @@ struct keeper {
     struct shared_header *shared;
     int memory; /* the shared memory's descriptor */
     const char *path;
+    struct stat name; /* of the socket at `path` */
     int listener;
     int signals;
     struct client clients[CLIENTS];
@@ -108,8 +112,12 @@ bool process_start(pid_t pid, uint64_t *start)
  * that the start time decides whether it is still the same process. */
 static void await_gone(uint64_t pid, uint64_t start)
 {
+    const struct timespec pause = {0, MILLISECOND};
     uint64_t found;
-    int process = pid ? (int)syscall(SYS_pidfd_open, (pid_t)pid, 0) : -1;
+    int process = -1;
+    /* Whatever else is wrong (no memory, no descriptors) passes; going on beside a server that lives would not. */
+    while (pid && (process = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0)) < 0 && errno != ESRCH && errno != ENOSYS)
+        nanosleep(&pause, NULL);
     if (process < 0)
         return;
     if (process_start((pid_t)pid, &found) && found == start) {
@@ -267,12 +275,20 @@ static void drop_client(struct client *client)
     client->draining = false;
 }
 
+/* The name may be another keeper's by now: of a new mount at the same place, after a lazy umount of this one. */
+static void remove_listener(const struct keeper *keeper)
+{
+    struct stat now;
+    if (lstat(keeper->path, &now) == 0 && now.st_dev == keeper->name.st_dev && now.st_ino == keeper->name.st_ino)
+        unlink(keeper->path);
+}
+
 /* The end of everything: the mount is gone, or was given up. */
 static void finish(struct keeper *keeper)
 {
     keeper->done = true;
     atomic_store(&keeper->shared->ending, 1);
-    unlink(keeper->path);
+    remove_listener(keeper);
     for (int i = 0; i < CLIENTS; i++)
         if (keeper->clients[i].fd >= 0)
             reply(keeper->clients[i].fd, "ok");
@@ -321,7 +337,7 @@ static void plan_session(struct keeper *keeper, bool quick)
     keeper->session_quick = quick ? keeper->session_quick + 1 : 0;
     uint64_t delay = 0;
     if (keeper->session_quick > 0)
-        delay = keeper->session_quick < 6 ? SESSION_QUICK << (keeper->session_quick - 1) : SESSION_LONGEST_DELAY;
+        delay = keeper->session_quick < 6 ? SESSION_DELAY << (keeper->session_quick - 1) : SESSION_LONGEST_DELAY;
     keeper->session_due = clock_nanoseconds() + delay;
     say("session ended: started again in %u ms", (unsigned)(delay / MILLISECOND));
 }
@@ -351,6 +367,15 @@ static void start_session(struct keeper *keeper)
         become_session((char *)keeper->shared + keeper->shared->restart_offset);
 }
 
+static void session_reaped(struct keeper *keeper, int status)
+{
+    bool gave_up = WIFEXITED(status) && clock_nanoseconds() - keeper->session_began < SESSION_QUICK;
+    keeper->session_child = 0;
+    /* Else another has come, or its connection's end is about to be read. */
+    if (keeper->session < 0)
+        plan_session(keeper, gave_up);
+}
+
 static void reap(struct keeper *keeper)
 {
     struct signalfd_siginfo information;
@@ -367,10 +392,7 @@ static void reap(struct keeper *keeper)
         } else if (pid == keeper->standby) {
             standby_reaped(keeper);
         } else if (pid == keeper->session_child) {
-            keeper->session_child = 0;
-            /* One that had connected is noticed by its connection's end. */
-            if (keeper->session < 0)
-                plan_session(keeper, true);
+            session_reaped(keeper, status);
         }
     }
 }
@@ -439,9 +461,11 @@ static bool adopt(struct keeper *keeper, int client)
     copy_buffer_size(environment->session, pair[1]);
     const int all[] = {pair[1], pair[0], keeper->memory, environment->fuse, environment->live, environment->direct};
     if (send_descriptors(client, "ok", all, environment->direct < 0 ? 5 : 6)) {
+        /* It has left at once. */
         close(pair[0]);
         close(pair[1]);
-        return true; /* it left at once: drop it */
+        close(client);
+        return true;
     }
     /* What the dead session had swapped out and not committed is dirty again. */
     if (atomic_load(&keeper->shared->swap_state) != SWAP_NONE)
@@ -567,7 +591,9 @@ static void session_spoke(struct keeper *keeper)
     close(keeper->session);
     keeper->session = -1;
     keeper->session_missed = true;
-    plan_session(keeper, clock_nanoseconds() - keeper->session_began < SESSION_QUICK);
+    /* A child of ours is about to be reaped, which tells how it ended. */
+    if (keeper->session_child <= 0)
+        plan_session(keeper, false);
 }
 
 /* Before it has come back to this keeper, which took over from another. */
@@ -709,6 +735,8 @@ int keeper_main(struct environment *environment, int memory, int command, const 
         say("%s: cannot be listened on errno=%d", path, errno);
         return EXIT_BROKEN;
     }
+    if (lstat(path, &keeper.name))
+        memset(&keeper.name, 0, sizeof keeper.name);
     succeed(&keeper);
     start_standby(&keeper);
     if (atomic_load(&keeper.shared->servers) > 0 && !resend(&keeper))

@@ -36,7 +36,7 @@ static int print_layout(void)
         HEADER(init_epoch), HEADER(answered), HEADER(epoch), HEADER(swap_state), HEADER(keeper_pid),
         HEADER(keeper_start), HEADER(server_pid), HEADER(server_start),
         HEADER(standby_pid), HEADER(standby_start), HEADER(ending), HEADER(servers), HEADER(locked),
-        HEADER(sessions), HEADER(init),
+        HEADER(sessions), HEADER(attributes_length), HEADER(attributes), HEADER(init),
         {"slot", SHARED_SLOTS, sizeof(struct shared_slot)},
         SLOT(sequence), SLOT(requests), SLOT(kinds),
         {"row", SHARED_ROWS, sizeof(struct shared_row)},

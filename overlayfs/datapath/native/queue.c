@@ -12,6 +12,7 @@ struct queue {
     pthread_cond_t filled;
     struct packet *first;
     struct packet **end;
+    _Atomic size_t length;
     bool closed;
 };
 
@@ -26,21 +27,33 @@ struct queue *queue_new(void)
     return queue;
 }
 
-void queue_push(struct queue *queue, const void *data, size_t length)
+bool queue_push(struct queue *queue, const void *data, size_t length)
 {
     struct packet *packet = malloc(sizeof *packet + length);
-    if (!packet) {
-        say("out of memory: a packet of %zu bytes is lost", length);
-        return;
-    }
+    if (!packet)
+        return false;
     packet->next = NULL;
     packet->length = length;
     memcpy(packet->data, data, length);
     pthread_mutex_lock(&queue->mutex);
     *queue->end = packet;
     queue->end = &packet->next;
+    atomic_fetch_add(&queue->length, 1);
     pthread_cond_signal(&queue->filled);
     pthread_mutex_unlock(&queue->mutex);
+    return true;
+}
+
+static struct packet *take(struct queue *queue)
+{
+    struct packet *packet = queue->first;
+    if (packet) {
+        queue->first = packet->next;
+        if (!queue->first)
+            queue->end = &queue->first;
+        atomic_fetch_sub(&queue->length, 1);
+    }
+    return packet;
 }
 
 struct packet *queue_pop(struct queue *queue)
@@ -48,12 +61,18 @@ struct packet *queue_pop(struct queue *queue)
     pthread_mutex_lock(&queue->mutex);
     while (!queue->first && !queue->closed)
         pthread_cond_wait(&queue->filled, &queue->mutex);
-    struct packet *packet = queue->first;
-    if (packet) {
-        queue->first = packet->next;
-        if (!queue->first)
-            queue->end = &queue->first;
-    }
+    struct packet *packet = take(queue);
+    pthread_mutex_unlock(&queue->mutex);
+    return packet;
+}
+
+struct packet *queue_take(struct queue *queue)
+{
+    /* Asked before every request: no lock where there is nothing. */
+    if (atomic_load(&queue->length) == 0)
+        return NULL;
+    pthread_mutex_lock(&queue->mutex);
+    struct packet *packet = take(queue);
     pthread_mutex_unlock(&queue->mutex);
     return packet;
 }

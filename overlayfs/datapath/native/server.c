@@ -24,11 +24,16 @@
 
 #include "datapath.h"
 
+/* Linux 5.6, include/uapi/linux/prctl.h. */
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#endif
+
 /* How often the main thread looks whether every reader is stuck in a request, milliseconds. */
 #define WATCH_BUSY 20
 #define WATCH_IDLE 200
 
-static sem_t spare_wanted;
+static sem_t spare_wanted, last_wanted;
 
 unsigned char *locked_memory(struct shared_header *shared, size_t length)
 {
@@ -76,19 +81,37 @@ void worker_reply(struct worker *worker, uint64_t unique, int error, size_t leng
         say("answer refused length=%u errno=%d", out.len, errno);
 }
 
-static void dispatch(struct worker *worker, size_t length)
+static void dispatch(struct worker *worker, size_t length, bool (*serve)(struct worker *worker))
 {
     const struct fuse_in_header *head = (void *)worker_request(worker);
     atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
     if (length < sizeof *head || head->len != length)
         say("request of %zu bytes that says %u", length, head->len);
-    else if (!disk_serve(worker))
+    else if (!serve(worker))
         control_request(worker->server->control, worker_request(worker), length);
     atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
 }
 
-/* Waits for one request and serves it. */
-static void serve_one(struct worker *worker)
+/* Serves a request that another thread has read. */
+static void serve_packet(struct worker *worker, struct packet *packet)
+{
+    memcpy(worker_request(worker), packet->data, packet->length);
+    free(packet);
+    atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
+    disk_serve_now(worker);
+    atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
+}
+
+static bool serve_late(struct worker *worker)
+{
+    struct packet *packet = queue_take(worker->server->late);
+    if (packet)
+        serve_packet(worker, packet);
+    return packet;
+}
+
+/* Waits for one request and has it served. */
+static void serve_one(struct worker *worker, bool (*serve)(struct worker *worker))
 {
     struct server *server = worker->server;
     atomic_fetch_add(&server->idle, 1);
@@ -96,7 +119,7 @@ static void serve_one(struct worker *worker)
     int error = errno;
     atomic_fetch_sub(&server->idle, 1);
     if (got >= 0)
-        dispatch(worker, (size_t)got);
+        dispatch(worker, (size_t)got, serve);
     else if (error == ENODEV || error == ECONNABORTED)
         server_end(server, EXIT_GONE); /* unmounted, or aborted */
     else if (error != EINTR && error != EAGAIN && error != ENOENT) { /* ENOENT: aborted before it was read */
@@ -109,7 +132,10 @@ static void *read_requests(void *argument)
 {
     struct worker *worker = argument;
     while (!atomic_load(&worker->server->ending))
-        serve_one(worker);
+        if (!serve_late(worker))
+            serve_one(worker, disk_serve);
+    while (serve_late(worker)) {
+    }
     atomic_fetch_sub(&worker->server->alive, 1);
     return NULL;
 }
@@ -123,8 +149,25 @@ static void *read_when_stuck(void *argument)
         while (sem_wait(&spare_wanted))
             ;
         do
+            if (!atomic_load(&server->ending) && !serve_late(worker))
+                serve_one(worker, disk_serve);
+        while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
+    }
+    atomic_fetch_sub(&server->alive, 1);
+    return NULL;
+}
+
+/* When all the spare ones are stuck as well: it reads for others what would make it one of them. */
+static void *read_for_others(void *argument)
+{
+    struct worker *worker = argument;
+    struct server *server = worker->server;
+    while (!atomic_load(&server->ending)) {
+        while (sem_wait(&last_wanted))
+            ;
+        do
             if (!atomic_load(&server->ending))
-                serve_one(worker);
+                serve_one(worker, disk_serve_later);
         while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
     }
     atomic_fetch_sub(&server->alive, 1);
@@ -135,11 +178,8 @@ static void *serve_slowly(void *argument)
 {
     struct worker *worker = argument;
     struct packet *packet;
-    while ((packet = queue_pop(worker->server->slow))) {
-        memcpy(worker_request(worker), packet->data, packet->length);
-        free(packet);
-        disk_serve_slowly(worker);
-    }
+    while ((packet = queue_pop(worker->server->slow)))
+        serve_packet(worker, packet);
     atomic_fetch_sub(&worker->server->alive, 1);
     return NULL;
 }
@@ -163,7 +203,7 @@ static bool start_worker(struct server *server, void *(*run)(void *))
 
 static bool start_workers(struct server *server)
 {
-    bool started = start_worker(server, serve_slowly);
+    bool started = start_worker(server, serve_slowly) && start_worker(server, read_for_others);
     for (unsigned i = 0; i < SPARES; i++)
         started = started && start_worker(server, read_when_stuck);
     for (unsigned i = 0; i < server->shared->threads; i++)
@@ -180,6 +220,7 @@ static void join_workers(struct server *server)
         for (unsigned i = 0; i < server->workers; i++) {
             pthread_kill(server->worker[i].thread, SIGUSR1);
             sem_post(&spare_wanted);
+            sem_post(&last_wanted);
         }
         nanosleep(&pause, NULL);
     }
@@ -211,6 +252,14 @@ static void listen_to_keeper(struct server *server)
     }
 }
 
+/* Wakes a spare reader. The one before has not been heard by any: all are stuck, and the last is wanted. */
+static void wake_spare(void)
+{
+    int unheard = 0;
+    sem_getvalue(&spare_wanted, &unheard);
+    sem_post(unheard > 0 ? &last_wanted : &spare_wanted);
+}
+
 /* Wakes a spare reader when nobody reads and nobody has finished anything since the last look. */
 static int watch(struct server *server, uint64_t *before)
 {
@@ -221,7 +270,7 @@ static int watch(struct server *server, uint64_t *before)
     bool reading = atomic_load(&server->idle) > 0;
     *before = sum;
     if (same && !reading)
-        sem_post(&spare_wanted);
+        wake_spare();
     return same && reading ? WATCH_IDLE : WATCH_BUSY;
 }
 
@@ -275,10 +324,14 @@ int server_main(struct environment *environment)
     atomic_store(&server.shared->locked, 1);
     server.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     server.slow = queue_new();
+    server.late = queue_new();
     sem_init(&spare_wanted, 0, 0);
+    sem_init(&last_wanted, 0, 0);
+    /* Under a loop device or a file system the writer of dirty pages must not wait for pages to be written. */
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     set_signals(SIG_BLOCK);
     server.control = control_new(&server);
-    if (server.wake < 0 || !server.slow || !server.control) {
+    if (server.wake < 0 || !server.slow || !server.late || !server.control) {
         say("server cannot start errno=%d", errno);
         return EXIT_BROKEN;
     }

@@ -27,6 +27,7 @@
 #define SHARED_SLOTS 24
 #define SHARED_ROWS 4096
 #define SHARED_INIT 256
+#define SHARED_ATTRIBUTES 104
 #define SHARED_BUCKETS 209
 
 enum shared_kind { KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_DISCARD, SHARED_KINDS };
@@ -96,6 +97,8 @@ struct shared_header {
     _Atomic uint64_t servers;  /* how many have been started */
     _Atomic uint64_t locked;   /* 1 if the server's buffers are locked into memory */
     _Atomic uint64_t sessions; /* restarts of the session by the keeper */
+    _Atomic uint64_t attributes_length; /* of the disk's, as the session has told them, 0 until then */
+    unsigned char attributes[SHARED_ATTRIBUTES]; /* struct fuse_attr_out */
     unsigned char init[SHARED_INIT];
 };
 

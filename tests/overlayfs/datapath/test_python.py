@@ -262,7 +262,7 @@ async def test_drain_waits_for_the_writes_in_flight(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(path.disk.write, 0, b"x" * 4096)
         await taken(image.arrived)
-        swapped = path.swap()
+        swapped = await path.swap()
         with trio.move_on_after(0):
             await path.drain()
             pytest.fail("drained while a write is in flight")
@@ -283,7 +283,7 @@ async def test_without_the_drain_a_checkpoint_loses_a_segment(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(path.disk.write, 0, b"x" * 4096)
         await taken(image.arrived)
-        path.swap()
+        await path.swap()
         checkpoint = bytes(image.content)
         image.before.set()
     assert checkpoint == before

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a mount are killed while a guest writes: no I/O error, nothing lost, no segment missed."""
 
+import contextlib
 import os
 import pathlib
 import signal
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
+from overlayfs.datapath import shared
 from tests import command, oracle, qemu, wait
 from tests.posthoc import images
 from tests.posthoc.images import MIB, SEGMENT
@@ -126,6 +129,41 @@ def test_adopting_what_has_a_session_is_refused(tmp_path: Path, mountpoint: Path
         refused = command.posthoc("mount", "--adopt", mount, status=2)
         assert "another posthoc session serves it" in refused.stderr
         assert command.until_state(mount, "complete")["dirty"] == 0
+
+
+def test_a_session_that_cannot_go_on_leaves_the_disk(tmp_path: Path, mountpoint: Path) -> None:
+    """Whatever makes Python give up (here: what its predecessor left is of another version), the guest goes on."""
+    live, reference = images.pair(tmp_path, 4 * MIB)
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        with open(mount / "disk", "r+b", buffering=0) as disk, shared_memory(mount) as memory:
+            session = pid_of(mount)
+            left = memory.session
+            memory.write_session(b'{"of": "another version"}')
+            os.kill(session, signal.SIGKILL)
+            tries = memory.header.sessions
+            wait.until(lambda: memory.header.sessions >= tries + 3, "the third has given up")
+            for segment in (1, 30, 60):
+                disk.seek(segment * SEGMENT)
+                disk.write(b"goes on")
+            os.fsync(disk.fileno())
+            memory.write_session(left)
+        # Only the next session can answer.
+        assert pid_of(mount) != session
+        command.until_state(mount, "complete")
+        assert command.status(mount)["written"] == 3 * SEGMENT
+
+
+@contextlib.contextmanager
+def shared_memory(mountpoint: Path) -> Iterator[shared.Memory]:
+    """What the mount's processes share, from one of them."""
+    for fd in Path(f"/proc/{natives(mountpoint)[0]}/fd").iterdir():
+        if os.readlink(fd).startswith("/memfd:posthoc"):
+            memory = shared.Memory(os.open(fd, os.O_RDWR))
+            break
+    try:
+        yield memory
+    finally:
+        memory.close()
 
 
 def test_adopting_nothing_is_one_line(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING = "zeros", "one-side", "written", "r
 REASONS = (ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING)
 
 # How much a worker takes at once; the controls are looked at in between. The reader reads it in pieces.
-CHUNK = 2 << 20
+CHUNK = 8 << 20
 
 # A shortcut that saves less than this between two reads is not taken: a chunk costs about as much beyond its
 # bytes (locks, two calls, bits) as reading so many.

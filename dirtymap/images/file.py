@@ -109,6 +109,7 @@ class FileImage:
 
     def close(self) -> None:
         """Close the file and with it its locks."""
+        self._reader.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -221,6 +221,8 @@ class Map:
 
     def close(self) -> None:
         """Close the files. May be called more than once."""
+        for reader in self._readers.values():
+            reader.close()
         while self._fds:
             os.close(self._fds.popitem()[1])
 

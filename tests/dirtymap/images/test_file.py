@@ -8,8 +8,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dirtymap import errors, images
@@ -205,29 +207,63 @@ def test_a_refused_lock_leaves_none_behind(disk: Path) -> None:
 def resident(path: Path) -> set[int]:
     """The numbers of the pages of `path` that are cached."""
     with open(path, "rb") as stream:
+        residency = pagecache._Residency(stream.fileno())
         absent = {
             page
-            for start, length in pagecache._absent_pages(stream.fileno(), 0, path.stat().st_size)
+            for start, length in residency.absent(0, path.stat().st_size)
             for page in range(start // mmap.PAGESIZE, (start + length) // mmap.PAGESIZE)
         }
+        residency.close()
     return set(range(-(-path.stat().st_size // mmap.PAGESIZE))) - absent
 
 
-@pytest.mark.parametrize("dontcache", [True, False])
-def test_the_page_cache_is_left_as_it_was_found(workdir: Path, dontcache: bool) -> None:
+def read_in_turns(reader: pagecache.Reader, size: int, threads: int, unaligned: int) -> None:
+    """Read all of it with several threads, each every n-th MiB, as a scan's workers do."""
+
+    def work(first: int) -> None:
+        buffer = np.frombuffer(mmap.mmap(-1, MIB + unaligned), np.uint8)[unaligned:]
+        for start in range(first * MIB, size, threads * MIB):
+            part = buffer[: min(MIB, size - start)]
+            reader.read_into(start, part.data)
+            assert part[0] == start // MIB % 251
+
+    with futures.ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, first) for first in range(threads)]:
+            done.result()
+
+
+@pytest.mark.parametrize("unaligned", [0, 1], ids=["around-the-cache", "through-it"])
+def test_the_page_cache_is_left_as_it_was_found(workdir: Path, unaligned: int) -> None:
+    """Whatever readahead and two threads make of each other: what was not cached is not cached afterwards."""
     path = workdir / "cold.raw"
-    path.write_bytes(os.urandom(4 * MIB))
+    size = 32 * MIB + 100
+    path.write_bytes(b"".join(bytes([i]) + os.urandom(MIB - 1) for i in range(33))[:size])
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        os.pread(stream.fileno(), 64 << 10, MIB)
+        os.pread(stream.fileno(), 2 * MIB, MIB)
+        os.pread(stream.fileno(), 64 << 10, 7 * MIB + 4096)
         before = resident(path)
-        assert MIB // mmap.PAGESIZE in before
+        assert set(range(MIB // mmap.PAGESIZE, 3 * MIB // mmap.PAGESIZE)) < before
         assert 3 * MIB // mmap.PAGESIZE not in before
+    with open(path, "rb") as stream:
         reader = pagecache.Reader(stream.fileno())
-        reader._dontcache = dontcache
-        buffer = bytearray(MIB)
-        for start in range(0, 4 * MIB, MIB):
-            reader.read_into(start, memoryview(buffer))
-        assert resident(path) == before
+        read_in_turns(reader, size, 1 + (unaligned == 0), unaligned)
+        reader.close()
+    assert resident(path) == before
+
+
+def test_what_was_written_through_the_cache_is_read_around_it(workdir: Path) -> None:
+    """A guest's page that is not on the disk yet, in a range that is not cached otherwise."""
+    path = workdir / "dirty.raw"
+    path.write_bytes(bytes(8 * MIB))
+    with open(path, "r+b", buffering=0) as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pwrite(stream.fileno(), b"new", 5 * MIB + 5000)
+        reader = pagecache.Reader(stream.fileno())
+        buffer = np.frombuffer(mmap.mmap(-1, 8 * MIB), np.uint8)
+        reader.read_into(0, buffer.data)
+        reader.close()
+        assert buffer[5 * MIB + 5000 :][:3].tobytes() == b"new"

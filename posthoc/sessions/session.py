@@ -302,14 +302,14 @@ def _owner(live: base.Image) -> filesystem.Owner | None:
 
 
 def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:
-    """Return what judges the guest's latencies: those of its reads and writes."""
+    """Return what judges the guest's requests: the latencies of its reads and writes, and its depth."""
 
     def sample() -> courtesy.Histogram:
         guest = way.recorder.statistics()
         return guest.read.histogram + guest.write.histogram
 
     bounds = [float(recorder.bucket_end(bucket)) for bucket in range(recorder.BUCKETS)]
-    return courtesy.Courtesy(sample, np.array(bounds))
+    return courtesy.Courtesy(sample, np.array(bounds), depth=lambda: way.recorder.depth)
 
 
 def _error_text(error: progress.ScanError) -> str:

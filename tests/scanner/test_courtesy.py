@@ -13,20 +13,31 @@ BOUNDS = np.arange(1, 11) * 100.0
 
 
 class Guest:
-    """A guest whose requests take what `latency` says of the scan's share; its clock is the test's."""
+    """A guest whose requests take what `latency` says of the scan's share; its clock is the test's.
 
-    def __init__(self, rate: float, latency: Callable[[float], int]) -> None:
+    `depth` is how many of them are under way, also by the share.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        latency: Callable[[float], int],
+        depth: Callable[[float], int] = lambda _: 1,
+    ) -> None:
         self.now = 0.0
         self.rate = rate
         self.latency = latency
         self.counts = np.zeros(10, np.uint64)
-        self.courtesy = courtesy.Courtesy(self.counts.copy, BOUNDS, clock=lambda: self.now)
+        self.share = 1.0
+        self.courtesy = courtesy.Courtesy(
+            self.counts.copy, BOUNDS, depth=lambda: depth(self.share), clock=lambda: self.now
+        )
 
     def live(self, seconds: float, step: float = 0.1) -> list[float]:
         """Let time pass and return the share that was allowed in each step."""
         shares = []
         for _ in range(round(seconds / step)):
-            share = self.courtesy.share()
+            self.share = share = self.courtesy.share()
             self.counts[self.latency(share)] += np.uint64(self.rate * step)
             self.now += step
             shares.append(share)
@@ -49,6 +60,18 @@ def test_a_guest_that_suffers_is_given_way_to() -> None:
     guest = Guest(rate=1000, latency=lambda share: 4 if share > 0 else 0)
     guest.live(60)
     assert guest.courtesy.allowed == pytest.approx(0.05)
+
+
+def test_a_guest_whose_requests_pile_up_is_given_way_to() -> None:
+    """Each takes no longer by its percentile, but more of them wait at once."""
+    guest = Guest(rate=1000, latency=lambda _: 0, depth=lambda share: 8 if share > 0 else 4)
+    guest.live(60)
+    assert guest.courtesy.allowed == pytest.approx(0.05)
+
+
+def test_a_depth_that_is_the_same_is_no_reason() -> None:
+    guest = Guest(rate=1000, latency=lambda _: 0, depth=lambda _: 32)
+    assert set(guest.live(60)) == {0.0, 1.0}
 
 
 def test_the_share_settles_where_the_guest_is_well() -> None:

@@ -94,10 +94,22 @@ class FileImage:
         try:
             return os.lseek(self.fd, start, whence)
         except OSError as error:
-            # "whence is SEEK_DATA and the file offset is inside a hole at the end of the file."
-            if error.errno == errno.ENXIO and whence == os.SEEK_DATA:
+            # "whence is SEEK_DATA and the file offset is inside a hole at the end of the file", or
+            # beyond it: what was cut off after opening reads as an error, not as zeros.
+            at_end = error.errno == errno.ENXIO and whence == os.SEEK_DATA
+            if at_end and self.present() == self.size:
                 return self.size
             raise
+
+    def present(self) -> int:
+        """Return how many of the `size` bytes there are now: fewer where the file was cut off meanwhile.
+
+        None where that cannot be told.
+        """
+        try:
+            return min(self.size, os.lseek(self.fd, 0, os.SEEK_END))
+        except OSError:
+            return 0
 
     def reader(self) -> FileImage:
         """Return the same image opened once more for reading, without locks of its own.

@@ -73,7 +73,8 @@ class Reflinks:
 
     def equal(self, start: int, length: int, deadline: float) -> Iterator[extent.Extent]:
         """Yield what both files have at the same place; a file's end within a block ends it there."""
-        end = min(start + length, self._live.size, self._reference.size)
+        # Behind a file's end its last block has bytes too, which nobody can read.
+        end = min(start + length, self._live.present(), self._reference.present())
         if start >= end:
             return
         try:
@@ -109,9 +110,18 @@ class Backing:
 
     reason = BACKING
 
-    def __init__(self, sides: Sequence[tuple[export.NbdImage, int]], size: int) -> None:
-        """`sides` are the images to ask, each with its number of layers above the common one."""
+    def __init__(
+        self,
+        sides: Sequence[tuple[export.NbdImage, int]],
+        files: Sequence[file.FileImage],
+        size: int,
+    ) -> None:
+        """`sides` are the images to ask, each with its number of layers above the common one.
+
+        `files` are those that are read here and not by a QEMU, which knows zeros beyond a file's end.
+        """
         self._sides = sides
+        self._files = files
         self._size = size
 
     @classmethod
@@ -134,11 +144,12 @@ class Backing:
                 return None
             sides.append((image, depth))
         size = min([live.size, reference.size, *(layer.size for layer in above)])
-        return cls(sides, size)
+        files = [image for image in (live, reference) if isinstance(image, file.FileImage)]
+        return cls(sides, files, size)
 
     def equal(self, start: int, length: int, deadline: float) -> Iterator[extent.Extent]:
         """Yield what comes from the common layer, or from none at all, on both sides."""
-        end = min(start + length, self._size)
+        end = min(start + length, self._size, *(image.present() for image in self._files))
         if start >= end:
             return
         found: Iterable[extent.Extent] = [extent.data(start, end - start)]

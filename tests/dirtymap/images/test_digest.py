@@ -204,6 +204,18 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path) -> N
         digest.write(str(tmp_path / "missing" / "x.digest"), image, G)
 
 
+def test_what_the_image_has_lost_meanwhile_equals_nothing(disk: pathlib.Path) -> None:
+    """Taken for zeros, it would be compared with zeros and called equal."""
+    image = images.open(str(disk))
+    os.truncate(disk, MIB + G)
+    summary = digest.write(f"{disk}.digest", image, G)
+    image.close()
+    assert summary.unreadable == summary.size - (MIB + G)
+    reference = digest.open_digest(f"{disk}.digest")
+    assert not reference.equal(2 * MIB // G, memoryview(bytes(G)))
+    reference.close()
+
+
 def test_a_cut_manifest_is_refused(disk: pathlib.Path, manifest: hashed.HashedReference) -> None:
     raw = pathlib.Path(f"{disk}.digest").read_bytes()
     path = disk.with_suffix(".digest")

@@ -82,6 +82,18 @@ def test_a_hole_at_the_end_is_a_hole(disk: Path) -> None:
     image.close()
 
 
+@pytest.mark.parametrize("end", [MIB // 2, MIB + 5], ids=["within-data", "within-a-hole"])
+def test_what_was_cut_off_after_opening_is_no_hole(disk: Path, end: int) -> None:
+    """It cannot be read; a kernel that finds no data there does not say that it is zeros."""
+    image = images.open(str(disk))
+    os.truncate(disk, end)
+    for start in (0, end, 2 * MIB):
+        assert not any(
+            found.zero and found.end > end for found in image.extents(start, image.size - start)
+        )
+    image.close()
+
+
 def test_after_the_deadline_all_is_data(disk: Path) -> None:
     image = images.open(str(disk))
     past = time.monotonic() - 1

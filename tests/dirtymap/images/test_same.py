@@ -135,6 +135,19 @@ def test_punched_grown_and_shrunk_parts_are_not_the_same(
         assert found <= pieces(0, MIB) | pieces(2 * MIB, 3 * MIB + 100)
 
 
+def test_what_was_cut_off_after_opening_is_not_the_same(
+    pair: tuple[pathlib.Path, pathlib.Path],
+) -> None:
+    """A shared block holds bytes behind the file's end, which nobody can read."""
+    live_path, reference_path = pair
+    with opened(*pair) as (live, reference):
+        for path in (live_path, reference_path):
+            os.truncate(path, MIB + 100)
+        # Shared again, up to the end of a block that the file has only the first bytes of.
+        subprocess.run(["cp", "--reflink=always", str(reference_path), str(live_path)], check=True)
+        assert told(live, reference)["reflinks"] == pieces(0, MIB + 100)
+
+
 # include/uapi/linux/fs.h, falloc.h
 _FICLONERANGE = 0x4020940D
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
@@ -301,6 +314,13 @@ def test_one_file_found_by_another_name_with_another_base_is_not_common(
     specs = [f"qcow2:{chain}/one.qcow2", f"qcow2:{elsewhere}/two.qcow2"]
     with opened(*specs) as (live, reference):
         assert told(live, reference) == {}
+
+
+def test_what_a_raw_base_has_lost_is_not_the_same(chain: pathlib.Path) -> None:
+    """QEMU reads zeros beyond its end, a raw image an error."""
+    with opened(f"qcow2:{chain}/one.qcow2", chain / "base.raw") as (live, reference):
+        os.truncate(chain / "base.raw", MIB // 2)
+        assert told(live, reference) == {"backing": pieces(64 * K, MIB // 2)}
 
 
 def test_bytes_hidden_by_a_shorter_layer_do_not_count(chain: pathlib.Path) -> None:

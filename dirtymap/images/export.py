@@ -127,6 +127,7 @@ class NbdImage:
     ) -> list[tuple[int, int]]:
         first, length = blocks.around(start, end - start, self.facts.minimum, self.size)
         with self._pool.connection() as connection:
+            self._check(connection)
             found = connection.status(context, first, length, deadline)
         # The first extent may begin up to a block before `start`.
         while found and found[0][0] <= start - first:

@@ -139,7 +139,9 @@ class Reader:
         mask = np.zeros(-(-len(live) // self._granularity), np.bool_)
         for at in range(start, end, block):
             stop = min(at + block, end)
-            if not reference.equal(at // block, live[at - start : stop - start].data):
+            # Of a block within which the live disk ends, not all the bytes are there that its hash is of.
+            cut = stop < min(at + block, reference.size)
+            if cut or not reference.equal(at // block, live[at - start : stop - start].data):
                 # A block larger than the granularity: any of its segments may be the one.
                 first = (at - start) // self._granularity
                 mask[first : -(-(stop - start) // self._granularity)] = True

@@ -38,7 +38,9 @@ def test_verify_tells_an_image_from_another(tmp_path: pathlib.Path) -> None:
     assert json.loads(told.stdout)["differing"] == 2 * SEGMENT
 
 
-@pytest.mark.parametrize("change", [-SEGMENT, SEGMENT], ids=["shorter", "longer"])
+@pytest.mark.parametrize(
+    "change", [-SEGMENT, -1000, SEGMENT], ids=["shorter", "cut-within-a-segment", "longer"]
+)
 def test_an_image_of_another_size_is_another(tmp_path: pathlib.Path, change: int) -> None:
     """Also where all that there is of both is equal."""
     _, reference = images.pair(tmp_path)
@@ -49,6 +51,19 @@ def test_an_image_of_another_size_is_another(tmp_path: pathlib.Path, change: int
     told = command.posthoc("digest", reference, "--verify", manifest, "--json", status=1)
     facts = json.loads(told.stdout)
     assert facts["beyond"] - facts["missing"] == change
+
+
+def test_a_live_disk_cut_within_a_segment_is_compared_with_a_digest(tmp_path: pathlib.Path) -> None:
+    """Its last segment differs: of what was hashed a part is missing."""
+    live, reference = images.pair(tmp_path, changed=[5])
+    manifest, dirty = tmp_path / "full.digest", tmp_path / "map.qcow2"
+    command.posthoc("digest", reference, "-o", manifest)
+    with open(live, "r+b") as stream:
+        stream.truncate((4 << 20) - 1024)
+    command.posthoc("diff", live, manifest, "--allow-shrunk", "-o", dirty, status=1)
+    assert qemu.dirty_segments(dirty, SEGMENT) == {5, 63}
+    told = command.posthoc("estimate", live, manifest, "--allow-shrunk", "--json")
+    assert json.loads(told.stdout)["sampled_differing"] == 2
 
 
 def test_the_reference_may_be_of_any_format(tmp_path: pathlib.Path) -> None:

@@ -120,6 +120,17 @@ def test_a_reference_of_hashes_is_asked_block_by_block(block: int, length: int) 
     assert {segment for segment, differs in enumerate(found) if differs} == expected
 
 
+@pytest.mark.parametrize("kind", [Kind.COMPARE, Kind.REFERENCE], ids=["read", "known-zeros"])
+def test_a_block_that_the_live_disk_has_only_in_part_differs(kind: Kind) -> None:
+    """Its hash is of bytes that are not there: also where those that are have not changed."""
+    content = disk(*[0] * 10).content
+    reference = fakes.HashedMemory(content, granularity=4 * G)
+    live = fakes.MemoryImage(content[: 5 * G + 3])
+    read, told = desk(live, reference)
+    assert read.differing(0, live.size, kind).tolist() == [False] * 4 + [True] * 2
+    assert told == []
+
+
 def test_a_live_disk_that_is_zero_is_compared_with_hashes_without_a_read() -> None:
     """Hashes cannot be read, but what the live disk holds is known."""
     live, reference = disk(0, 0, 0), fakes.HashedMemory(disk(0, 1, 0).content, granularity=G)

@@ -62,14 +62,22 @@ class Reader:
 
     def _one_by_one(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
         step = self._granularity if kind is plan.Kind.LIVE else self._unit
-        masks = []
-        for at in range(start, start + length, step):
-            part = min(step, start + length - at)
-            if self._readable(at, part, kind):
-                masks.append(self._compare(at, part, kind))
-            else:
-                masks.append(np.ones(-(-part // self._granularity), np.bool_))
-        return np.concatenate(masks)
+        end = start + length
+        return np.concatenate(
+            [self._alone(at, min(step, end - at), kind) for at in range(start, end, step)]
+        )
+
+    def _alone(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
+        """Return which segments of one step differ: all of them where a side cannot be read."""
+        if self._readable(start, length, kind):
+            try:
+                return self._compare(start, length, kind)
+            except base.GoneError:
+                raise
+            except OSError as error:
+                # A table of hashes is read when it is asked.
+                self._note(REFERENCE, start, length, error)
+        return np.ones(-(-length // self._granularity), np.bool_)
 
     def _readable(self, start: int, length: int, kind: plan.Kind) -> bool:
         """Read one segment and return whether that worked on every side that it needs."""
@@ -80,9 +88,12 @@ class Reader:
             except base.GoneError:
                 raise
             except OSError as error:
-                self._report(progress.ScanError(side, start, length, error.errno or 0))
+                self._note(side, start, length, error)
                 readable = False
         return readable
+
+    def _note(self, side: str, start: int, length: int, error: OSError) -> None:
+        self._report(progress.ScanError(side, start, length, error.errno or 0))
 
     def _needed(self, kind: plan.Kind) -> tuple[str, ...]:
         if kind is plan.Kind.REFERENCE:

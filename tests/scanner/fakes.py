@@ -38,10 +38,13 @@ class MemoryImage:
         self.reads.append((start, len(buffer)))
         if self.before is not None:
             self.before(start, len(buffer))
+        self._fail(start, end)
+        buffer[:] = self.content[start:end]
+
+    def _fail(self, start: int, end: int) -> None:
         for first, last, error in self.faults:
             if first < end and start < last:
                 raise error
-        buffer[:] = self.content[start:end]
 
     def extents(
         self, start: int, length: int, deadline: float | None = None
@@ -74,6 +77,7 @@ class HashedMemory(MemoryImage):
 
     def equal(self, segment: int, data: memoryview) -> bool:
         start = segment * self.granularity
+        self._fail(start, start + len(data))
         assert len(data) == min(self.granularity, self.size - start), "not one whole block"
         return bytes(data) == self.content[start : start + self.granularity]
 

@@ -131,6 +131,16 @@ def test_a_block_that_the_live_disk_has_only_in_part_differs(kind: Kind) -> None
     assert told == []
 
 
+def test_a_table_of_hashes_that_cannot_be_read_leaves_its_blocks_in_doubt() -> None:
+    """A bad sector of the manifest's own is the reference's error, not the end of the scan."""
+    live = disk(*[1] * 8)
+    reference = fakes.HashedMemory(bytearray(live.content), granularity=4 * G)
+    reference.faults = [(5 * G, 5 * G + 1, OSError(errno.EIO, "bad"))]
+    read, told = desk(live, reference)
+    assert read.differing(0, 8 * G, Kind.COMPARE).tolist() == [False] * 4 + [True] * 4
+    assert told == [progress.ScanError("reference", 4 * G, 4 * G, errno.EIO)]
+
+
 def test_a_live_disk_that_is_zero_is_compared_with_hashes_without_a_read() -> None:
     """Hashes cannot be read, but what the live disk holds is known."""
     live, reference = disk(0, 0, 0), fakes.HashedMemory(disk(0, 1, 0).content, granularity=G)

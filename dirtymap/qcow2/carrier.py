@@ -90,18 +90,35 @@ def pieces(bitmap: bitmap.Bitmap, name: str = DEFAULT_NAME) -> Carrier:
     return Carrier(layout(bitmap.size, bitmap.granularity, name), bitmap.data.copy())
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise MapError where a map written to `path` would take the place of something else.
+
+    Nothing, an empty file and a map may be there. What cannot be read, or not as a map, is refused: it
+    may be a disk.
+    """
+    try:
+        atomic.check_target(path)
+        if os.path.getsize(path):
+            reader.check_carrier(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise errors.MapError(path, f"cannot be written: {errors.reason(error)}") from error
+    except errors.MapError as error:
+        raise errors.MapError(
+            path, f"stands there already and is no map that could be replaced: {error.reason}"
+        ) from error
+
+
 def write(path: str | os.PathLike[str], bitmap: bitmap.Bitmap, name: str = DEFAULT_NAME) -> None:
     """Write the carrier of `bitmap` to `path`, mode 0600: after this the old file or the new one.
 
-    The bitmap must not change meanwhile. What stands at `path` is replaced if it is a regular file
-    and no qcow2 with guest data. Raises UserError; then nothing is left but what was there before.
+    The bitmap must not change meanwhile. What stands at `path` is replaced where `check_target` allows
+    it. Raises UserError; then nothing is left but what was there before.
     """
     carrier = Carrier(layout(bitmap.size, bitmap.granularity, name), bitmap.data)
+    check_target(path)
     try:
-        if reader.holds_guest_data(path):
-            raise errors.MapError(
-                path, "holds a disk's data, which a map would replace: name another"
-            )
         with atomic.replacement(path) as descriptor:
             os.ftruncate(descriptor, carrier.length)
             for start, part in carrier.parts():

@@ -59,17 +59,13 @@ def read(path: Path, name: str | None = None) -> bitmap.Bitmap:
         return file.bits(info, entry)
 
 
-def holds_guest_data(path: Path) -> bool:
-    """Whether `path` is a qcow2 file that is more than a map: it has data, or names where they are."""
-    try:
-        with _opened(path) as file:
-            header = file.header
-            elsewhere = header.incompatible_features & qcow2.INCOMPATIBLE_DATA_FILE
-            if elsewhere or header.backing_file_offset or header.nb_snapshots:
-                return True
-            return any(file.part(header.l1_table_offset, header.l1_size * 8, "L1 table"))
-    except errors.MapError:
-        return False
+def check_carrier(path: Path) -> None:
+    """Raise MapError unless `path` is surely a map and nothing more: with bitmaps, and no disk's data."""
+    with _opened(path) as file:
+        if file.holds_guest_data():
+            raise qcow2.FormatError("holds a disk's data")
+        if not file.bitmaps():
+            raise qcow2.FormatError("holds no bitmap")
 
 
 @contextlib.contextmanager
@@ -157,6 +153,14 @@ class _File:
             if kind == qcow2.EXTENSION_BITMAPS:
                 return _check_extension(header, data)
         return None
+
+    def holds_guest_data(self) -> bool:
+        """Whether there are a disk's data, or the names of where they are."""
+        header = self.header
+        elsewhere = header.incompatible_features & qcow2.INCOMPATIBLE_DATA_FILE
+        if elsewhere or header.backing_file_offset or header.nb_snapshots:
+            return True
+        return any(self.part(header.l1_table_offset, header.l1_size * 8, "L1 table"))
 
     def bitmaps(self) -> list[Found]:
         """Every bitmap's directory entry, checked as far as QEMU checks it when it opens the file."""

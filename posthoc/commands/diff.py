@@ -38,7 +38,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Compare, write the map, and show what was found."""
     if arguments.output is not None:
-        pair.check_output(arguments.output, arguments.live, arguments.reference)
+        pair.check_map(arguments.output, arguments.live, arguments.reference)
 
     def check(live: base.Image, granularity: int) -> None:
         if arguments.output is not None:

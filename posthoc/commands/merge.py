@@ -10,6 +10,7 @@ from dirtymap import bitmap, errors, units
 from dirtymap.qcow2 import carrier
 from posthoc import exits
 from posthoc.commands import options, show_map
+from posthoc.sessions import pair
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +34,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge the maps."""
+    pair.check_map(arguments.output)
     merged = merge(arguments.maps, arguments.bitmap)
     name = arguments.bitmap or carrier.DEFAULT_NAME
     carrier.write(arguments.output, merged, name)

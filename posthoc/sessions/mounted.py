@@ -37,7 +37,7 @@ def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
     """
     folder = state.Folder(parameters.mountpoint)
     if parameters.output:
-        pair.check_output(parameters.output, parameters.live, parameters.reference)
+        pair.check_map(parameters.output, parameters.live, parameters.reference)
         _check_beside(parameters.output, parameters.mountpoint)
     folder.lock()
     folder.begin_log()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dirtymap import errors, images, units
 from dirtymap.images import absent, base, export, file, sizes
+from dirtymap.qcow2 import carrier
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,14 @@ def _size_notes(live: base.Image, reference: base.Image, *, allow_shrunk: bool) 
     return ()
 
 
+def check_map(output: str, *inputs: str) -> None:
+    """Refuse early a map that could not be written at the end, or only over what is no map; raises MapError."""
+    check_output(output, *inputs)
+    carrier.check_target(output)
+
+
 def check_output(output: str, *inputs: str) -> None:
-    """Refuse early a map file that could not be written at the end; raises MapError."""
+    """Refuse early a file that could not be written at the end; raises MapError."""
     where = os.path.abspath(output)
     folder = os.path.dirname(where)
     if not os.path.isdir(folder):

@@ -137,6 +137,24 @@ def test_mistakes_are_one_line_and_leave_no_map(
     assert live.read_bytes() == before
 
 
+@pytest.mark.parametrize("verb", ["diff", "mount", "merge"])
+def test_a_disk_under_the_map_s_name_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """A virtual machine's disk, given for the map by a slip, is told before the images that are missing."""
+    vm = tmp_path / "vm.qcow2"
+    qemu.create(vm, 1 << 20, "qcow2", options="compat=0.10")
+    before = vm.read_bytes()
+    missing = str(tmp_path / "missing")
+    names = {"diff": [missing] * 2, "mount": [missing, missing, str(tmp_path)], "merge": [missing]}
+    more = ["--foreground"] if verb == "mount" else []
+    assert cli.main([verb, *names[verb], "--output", str(vm), *more]) == 2
+    complaint = capsys.readouterr().err
+    assert f"{vm}: stands there already" in complaint
+    assert complaint.count("\n") == 1
+    assert vm.read_bytes() == before
+
+
 def test_a_loop_device_of_the_reference_is_the_reference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ def made(path: pathlib.Path) -> pathlib.Path:
     dirty = bitmap.Bitmap(SIZE, GRANULARITY)
     dirty.set(1)
     dirty.set(dirty.segments - 1)
+    # What an earlier change has left there is no map any more, and not replaced by one.
+    path.unlink(missing_ok=True)
     carrier.write(path, dirty)
     return path
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing a map file: the whole new one or what was there before."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -102,6 +103,50 @@ def test_a_qcow2_that_names_a_disk_s_data_is_never_replaced(
     before = path.read_bytes()
     assert "holds a disk's data" in one_line(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["raw", "vmdk", "version-2", "corrupt", "unknown-feature", "no-bitmap", "damaged-map"]
+)
+def test_what_is_not_surely_a_map_is_never_replaced(tmp_path: pathlib.Path, kind: str) -> None:
+    """Whatever cannot be read as a map may be somebody's only copy of a disk."""
+    path = tmp_path / "disk"
+    format_ = kind if kind in ("raw", "vmdk") else "qcow2"
+    qemu.create(path, 16 << 20, format_, options="compat=0.10" if kind == "version-2" else None)
+    if kind == "damaged-map":
+        parts.change_entry(parts.made(tmp_path / "map"), type=2)
+        (tmp_path / "map").rename(path)
+    elif kind != "no-bitmap":
+        qemu.io(path, "write -P 7 1M 64k", format=format_)
+    if kind in ("corrupt", "unknown-feature"):
+        parts.change_header(path, incompatible_features=2 if kind == "corrupt" else 1 << 40)
+    before = path.read_bytes()
+    assert "no map that could be replaced" in one_line(path)
+    assert path.read_bytes() == before
+
+
+def test_an_empty_file_is_replaced(tmp_path: pathlib.Path) -> None:
+    """As mktemp leaves it."""
+    path = tmp_path / "map.qcow2"
+    path.touch()
+    carrier.write(path, scattered())
+    assert carrier.read(path) == scattered()
+
+
+def test_what_may_not_be_read_is_not_replaced(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's owner may rename over a file of another's, and cannot know what it is."""
+    path = parts.made(tmp_path / "map.qcow2")
+    real = os.open
+
+    def refuse(name: str | pathlib.Path, *words: int, **more: int) -> int:
+        if name == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return real(name, *words, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert "Permission denied" in one_line(path)
 
 
 def test_a_full_disk_leaves_the_old_map(tmp_path: pathlib.Path) -> None:

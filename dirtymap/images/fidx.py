@@ -26,6 +26,8 @@ SUFFIX = ".fidx"
 _MAGIC = hashlib.sha256(b"Proxmox Backup fixed sized chunk index v1.0").digest()[:8]
 _HEADER = struct.Struct("<8s16sq32sQQ")
 _HEADER_LENGTH = 4096
+# What a thread holds in memory, several times. The server makes chunks of 4 MiB.
+_LARGEST_CHUNK = 64 * units.MIB
 # The table of a disk of 1 PiB at the smallest chunk; more is no index.
 _LONGEST_TABLE = 8 << 30
 
@@ -58,7 +60,8 @@ def _open(path: str, fd: int) -> hashed.HashedReference:
     if len(header) < _HEADER_LENGTH:
         raise errors.ImageError(path, "is cut short")
     _, _, _, checksum, size, chunk = _HEADER.unpack_from(header)
-    if size == 0 or chunk < units.SMALLEST_GRANULARITY or chunk & (chunk - 1):
+    possible = units.SMALLEST_GRANULARITY <= chunk <= _LARGEST_CHUNK
+    if size == 0 or not possible or chunk & (chunk - 1):
         raise errors.ImageError(path, f"is of {size} bytes in chunks of {chunk}: not possible here")
     length = bitmap.segments_of(size, chunk) * hashed.HASH_LENGTH
     if length > _LONGEST_TABLE or os.fstat(fd).st_size != _HEADER_LENGTH + length:

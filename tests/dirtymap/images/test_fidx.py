@@ -101,3 +101,12 @@ def test_a_damaged_index_is_refused(
     with pytest.raises(errors.ImageError, match=reason) as caught:
         images.open_reference(str(broken))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [128 << 20, 1 << 62])
+def test_chunks_larger_than_anybody_makes_are_refused(tmp_path: pathlib.Path, chunk: int) -> None:
+    """A chunk is held in memory by each thread: a header must not choose how much that is."""
+    path = tmp_path / "x.fidx"
+    path.write_bytes(index(b"x", chunk))
+    with pytest.raises(errors.ImageError, match=f"chunks of {chunk}: not possible"):
+        images.open_reference(str(path))

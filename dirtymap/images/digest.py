@@ -13,6 +13,7 @@ The whole file is checked when it is opened: a manifest that is damaged could ca
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -287,11 +288,24 @@ def _open(path: str, fd: int) -> hashed.HashedReference:
     ):
         if _checksum(fd, start, end) != wanted:
             raise errors.ImageError(path, "is damaged: its checksum does not fit")
-    zeros = bitmap.Bitmap(size, granularity, bytearray(os.pread(fd, bits_length, _HEADER_LENGTH)))
+    zeros = bitmap.Bitmap(size, granularity, _read(fd, _HEADER_LENGTH, bits_length))
     reference = hashed.HashedReference(path, fd, begin, zeros, hash_of, packed=True)
     if reference.entries != hashes:
         raise errors.ImageError(path, "is damaged: it has not as many hashes as it says")
     return reference
+
+
+def _read(fd: int, start: int, length: int) -> bytearray:
+    """Return all of [start, start + length); one call may read less (2 GiB, a signal)."""
+    found = bytearray(length)
+    left = memoryview(found)
+    while left:
+        count = os.preadv(fd, [left], start)
+        if not count:
+            raise OSError(errno.EIO, "the file has become shorter")
+        start += count
+        left = left[count:]
+    return found
 
 
 def _checksum(fd: int, start: int, end: int) -> bytes:

@@ -216,6 +216,19 @@ def test_what_the_image_has_lost_meanwhile_equals_nothing(disk: pathlib.Path) ->
     reference.close()
 
 
+def test_short_reads_are_continued(
+    disk: pathlib.Path, manifest: hashed.HashedReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read gives 2 GiB at most: the zeros of 2^34 segments are longer."""
+    digest.write(f"{disk}.digest", fakes.MemoryImage(bytearray(disk.read_bytes())), 512)
+    real, real_into = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda fd, length, at: real(fd, min(length, 256), at))
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: real_into(fd, [into[0][:256]], at))
+    again = digest.open_digest(f"{disk}.digest")
+    assert list(again.extents(0, again.size)) == list(manifest.extents(0, manifest.size))
+    again.close()
+
+
 def test_a_cut_manifest_is_refused(disk: pathlib.Path, manifest: hashed.HashedReference) -> None:
     raw = pathlib.Path(f"{disk}.digest").read_bytes()
     path = disk.with_suffix(".digest")

@@ -83,6 +83,8 @@ def write(
             return maker.write(fd, workers, progress)
     except base.GoneError:
         raise
+    except atomic.UnsyncedError as error:
+        raise errors.MapError(path, errors.reason(error)) from None
     except OSError as error:
         raise errors.MapError(path, f"cannot be written: {errors.reason(error)}") from None
 

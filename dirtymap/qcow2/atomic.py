@@ -9,6 +9,16 @@ import stat
 import tempfile
 from collections.abc import Iterator
 
+from dirtymap import errors
+
+
+class UnsyncedError(OSError):
+    """The new file is in its place, but a power failure may bring back what was there before."""
+
+    def __init__(self, error: OSError) -> None:
+        reason = f"is in place, but may not survive a power failure: {errors.reason(error)}"
+        super().__init__(error.errno, reason)
+
 
 def check_target(path: str | os.PathLike[str]) -> None:
     """Raise OSError where `path` is something, but no regular file: a rename would replace it."""
@@ -27,7 +37,8 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[int]:
     """A descriptor of a new file that takes `path`'s place when the block ends, on disk by then.
 
     The new file has mode 0600 and stands beside `path` until then, under a name of its own; it is
-    removed when anything fails. Raises OSError. The descriptor is closed here.
+    removed when anything fails. Raises OSError; UnsyncedError where all went well but the last step,
+    the folder's. The descriptor is closed here.
     """
     path = os.fspath(path)
     check_target(path)
@@ -44,7 +55,10 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[int]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    sync_folder(folder)
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise UnsyncedError(error) from error
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -114,7 +114,8 @@ def write(path: str | os.PathLike[str], bitmap: bitmap.Bitmap, name: str = DEFAU
     """Write the carrier of `bitmap` to `path`, mode 0600: after this the old file or the new one.
 
     The bitmap must not change meanwhile. What stands at `path` is replaced where `check_target` allows
-    it. Raises UserError; then nothing is left but what was there before.
+    it. Raises UserError; then nothing is left but what was there before, unless it says that the map
+    is in place.
     """
     carrier = Carrier(layout(bitmap.size, bitmap.granularity, name), bitmap.data)
     check_target(path)
@@ -123,6 +124,8 @@ def write(path: str | os.PathLike[str], bitmap: bitmap.Bitmap, name: str = DEFAU
             os.ftruncate(descriptor, carrier.length)
             for start, part in carrier.parts():
                 atomic.write_all(descriptor, start, part)
+    except atomic.UnsyncedError as error:
+        raise errors.MapError(path, errors.reason(error)) from error
     except OSError as error:
         reason = f"cannot be written: {errors.reason(error)}"
         raise errors.MapError(path, reason) from error

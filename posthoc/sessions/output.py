@@ -21,14 +21,14 @@ class Output:
         self._done = False
 
     def write(self, dirty: bitmap.Bitmap) -> None:
-        """Replace the map by `dirty`; a failure is logged, told in `failure`, and leaves the map before."""
+        """Replace the map by `dirty`; a failure is logged and told in `failure`."""
         if self._path is None:
             return
         try:
             carrier.write(self._path, dirty, self._bitmap)
         except (errors.UserError, OSError) as error:
             self.failure = errors.reason(error)
-            log.error("the map is not written: %s", self.failure)
+            log.error("the map is not safely written: %s", self.failure)
         else:
             self.failure = None
             self._done = True

@@ -280,7 +280,9 @@ class Session:
         if self._bug is not None:
             return state.End(exits.BUG, f"the scan failed: {self._bug!r}; what it left is dirty")
         if self._output.failure:
-            return state.End(exits.MISTAKE, f"the map is not written: {self._output.failure}")
+            return state.End(
+                exits.MISTAKE, f"the map is not safely written: {self._output.failure}"
+            )
         if now.state == progress.FAILED:
             return state.End(exits.READ_ERROR, f"the scan failed: {now.failure}; the rest is dirty")
         if now.error_count:

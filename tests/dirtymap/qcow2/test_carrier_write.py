@@ -10,9 +10,11 @@ import sys
 import pytest
 
 from dirtymap import bitmap, errors
+from dirtymap.images import digest
 from dirtymap.qcow2 import atomic, carrier
 from tests import qemu
 from tests.dirtymap.qcow2 import parts
+from tests.scanner import fakes
 
 GIB = 1 << 30
 
@@ -195,6 +197,25 @@ def test_the_header_is_written_last(
     carrier.write(tmp_path / "map.qcow2", scattered())
     assert order[-4:] == ["header", "fsync", "rename", "fsync"]
     assert set(order[:-4]) == {"part"}
+
+
+def test_a_folder_that_cannot_be_synced_is_told_with_the_map_in_place(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rename is done by then: nobody may believe that the old map is still there."""
+
+    def fail(folder: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(atomic, "sync_folder", fail)
+    path, made = tmp_path / "map.qcow2", scattered()
+    told = "is in place, but may not survive a power failure: Input/output error"
+    assert one_line(path, made) == f"{path}: {told}"
+    assert carrier.read(path) == made
+    with pytest.raises(errors.MapError) as caught:
+        digest.write(f"{path}.digest", fakes.MemoryImage(bytearray(512)), 512)
+    assert str(caught.value) == f"{path}.digest: {told}"
+    digest.open_digest(f"{path}.digest").close()
 
 
 def test_short_writes_are_continued(

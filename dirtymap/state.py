@@ -59,8 +59,7 @@ class Folder:
         """Make the folder, private to this user; UserError where that cannot be."""
         try:
             for folder in (self.path.parent, self.path):
-                folder.mkdir(mode=0o700, exist_ok=True)
-                _check_private(folder)
+                _make_private(folder)
         except OSError as error:
             raise errors.UserError(
                 f"{self.path}: a session's folder cannot be made: {errors.reason(error)}"
@@ -70,19 +69,28 @@ class Folder:
         """Become the session of this mountpoint until the process ends; UserError if one lives."""
         while self._lock is None:
             self.make()
-            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
+            # What somebody discards between two of these calls is made again.
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = self._try_lock()
+
+    def _try_lock(self) -> int | None:
+        """Return the lock's descriptor, None where to try again; UserError where a session has it."""
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            # Not where somebody only looks: is_served and wait_for_end share it for a moment.
+            if self.is_served():
                 raise errors.UserError(
                     f"{self.mountpoint}: another posthoc session serves it: end it with posthoc umount"
                 ) from None
-            if os.fstat(fd).st_nlink:
-                self._lock = fd
-            else:
-                # Discarded by somebody between the two calls: what we hold locks nobody out.
-                os.close(fd)
+            return None
+        if os.fstat(fd).st_nlink:
+            return fd
+        # Discarded by somebody between the two calls: what we hold locks nobody out.
+        os.close(fd)
+        return None
 
     def discard(self) -> None:
         """Remove the folder, unless a session lives here."""
@@ -166,6 +174,16 @@ def _root() -> Path:
     if Path(runtime).is_dir():
         return Path(runtime, "posthoc")
     return Path(f"/tmp/posthoc-{os.geteuid()}")
+
+
+def _make_private(folder: Path) -> None:
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        # It may have been there and be discarded by now.
+        with contextlib.suppress(FileNotFoundError):
+            _check_private(folder)
+            return
 
 
 def _check_private(folder: Path) -> None:

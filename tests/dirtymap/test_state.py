@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A session's private folder: one session at a time, how it ended, nobody else's."""
 
+import fcntl
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -32,6 +34,59 @@ def test_one_session_at_a_time(folder: state.Folder) -> None:
     other = state.Folder("/mnt/other")
     other.make()
     other.lock()
+
+
+def test_who_only_looks_is_no_session(
+    folder: state.Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`status` and `umount` share the lock for a moment; a mount that comes just then is not refused."""
+    looking = os.open(folder.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    real = fcntl.flock
+
+    def look_away_once_refused(fd: int, operation: int) -> None:
+        try:
+            real(fd, operation)
+        except BlockingIOError:
+            real(looking, fcntl.LOCK_UN)
+            raise
+
+    monkeypatch.setattr(fcntl, "flock", look_away_once_refused)
+    folder.lock()
+    os.close(looking)
+    with pytest.raises(errors.UserError, match="another posthoc session"):
+        state.Folder("/mnt/vm").lock()
+
+
+@pytest.mark.parametrize(
+    ("call", "before"),
+    [
+        pytest.param("mkdir", False, id="once-made"),
+        pytest.param("open", True, id="before-its-lock-is-made"),
+        pytest.param("open", False, id="before-its-lock-is-held"),
+    ],
+)
+def test_a_folder_that_is_discarded_meanwhile_is_made_again(
+    folder: state.Folder, monkeypatch: pytest.MonkeyPatch, call: str, before: bool
+) -> None:
+    """`umount` discards it when its session has ended, at the very moment that the next one begins."""
+    real = getattr(os, call)
+    left = [folder.path]
+
+    def discard_at(when: bool, path: str | Path) -> None:
+        if left and when == before and Path(path).is_relative_to(left[0]):
+            shutil.rmtree(left.pop())
+
+    def discarded(path: str | Path, *words: int, **more: int) -> object:
+        discard_at(True, path)
+        try:
+            return real(path, *words, **more)
+        finally:
+            discard_at(False, path)
+
+    monkeypatch.setattr(os, call, discarded)
+    folder.lock()
+    assert (folder.path / "lock").exists()
 
 
 def test_how_it_ended(folder: state.Folder) -> None:

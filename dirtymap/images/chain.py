@@ -37,7 +37,7 @@ class Layer:
     encrypted: bool
     identity: Identity | None
     elsewhere: bool = False
-    """Its data is in a file of its own (qcow2's external data file)."""
+    """Its data is in a file of its own (qcow2's external data file, a vmdk's flat extent)."""
     cluster: int | None = None
     """Bytes in which it allocates, where it does."""
 
@@ -105,7 +105,10 @@ def _information(name: str, path: str, driver: str) -> dict[str, Any]:
 
 def _has_data_file(information: dict[str, Any]) -> bool:
     details = information.get("format-specific", {}).get("data", {})
-    return "data-file" in details or "data-file-raw" in details
+    extents = {extent["filename"] for extent in details.get("extents", ())}
+    return bool(
+        {"data-file", "data-file-raw"} & details.keys() or extents - {information["filename"]}
+    )
 
 
 def _below(

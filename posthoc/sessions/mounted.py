@@ -86,6 +86,11 @@ async def _begin(
     parameters: Parameters, folder: state.Folder, ready: Callable[[], None]
 ) -> state.End:
     """Mount anew, with the native data path where that works."""
+    legacy = ways.Legacy(
+        parameters,
+        datetime.datetime.now(datetime.UTC).astimezone().isoformat("T", "seconds"),
+        ways.fingerprint(parameters.reference),
+    )
     with pair.open_pair(
         parameters.live,
         parameters.reference,
@@ -93,11 +98,6 @@ async def _begin(
         options=parameters.options,
         allow_shrunk=parameters.allow_shrunk,
     ) as images:
-        legacy = ways.Legacy(
-            parameters,
-            datetime.datetime.now(datetime.UTC).astimezone().isoformat("T", "seconds"),
-            ways.fingerprint(parameters.reference),
-        )
         reason = ways.why_not_native(parameters, images.live)
         if reason is None:
             session = None
@@ -124,11 +124,11 @@ def _unavailable(error: Exception) -> str | None:
 async def _adopt(folder: state.Folder, ready: Callable[[], None]) -> state.End:
     """Go on where a session has died, with the write bitmap and the decisions that were kept."""
     with ways.adopt_native(folder) as way:
-        legacy = ways.Legacy.restored(way.session)
+        legacy, is_same = ways.inherited(ways.Legacy.restored(way.session))
         parameters = legacy.parameters
         live = file.FileImage(
             parameters.live, os.dup(way.live), way.memory.size, writable=not parameters.read_only
         )
         with pair.adopt_pair(live, parameters.reference, options=parameters.options) as images:
-            session = Session(legacy, images, way, adopted=True)
+            session = Session(legacy, images, way, adopted=True, same_reference=is_same)
             return await session.serve(ready)

@@ -42,6 +42,7 @@ class Session:
         way: datapath.Datapath,
         *,
         adopted: bool = False,
+        same_reference: bool = True,
         note: str | None = None,
     ) -> None:
         parameters = legacy.parameters
@@ -56,8 +57,8 @@ class Session:
         self._decisions = scan.Decisions(
             images.live.size, parameters.granularity, ways.decisions_memory(way)
         )
-        if adopted and not ways.is_same_reference(legacy):
-            # What was found equal was equal to something else.
+        if not same_reference:
+            # What was found equal was equal to something else. Before the legacy names the new one (_keep).
             self._decisions.reset()
         self._courtesy = _courtesy(way)
         self._courtesy.enabled = parameters.pacing

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dirtymap import images, state
+from dirtymap import errors, images, state
 from dirtymap.bitmap import Buffer
-from dirtymap.images import base, file
+from dirtymap.images import base, chain, file
 from overlayfs import datapath, recorder
 from overlayfs.datapath import native, python
 from posthoc.sessions.parameters import Parameters
 from scanner import scan
-
-# A file's identity, size and time of change; None for what is no file.
-Fingerprint = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Legacy:
 
     parameters: Parameters
     since: str
-    reference: Fingerprint | None
+    reference: str | None
+    """The fingerprint of what the scan's decisions were made against."""
     cancelled: bool = False
 
     def stored(self) -> bytes:
@@ -46,35 +46,54 @@ class Legacy:
     def restored(cls, data: bytes) -> Legacy:
         """Return what `stored` gave."""
         facts = json.loads(data)
-        mark = facts["reference"]
         return cls(
             Parameters.restored(facts["parameters"]),
             facts["since"],
-            None if mark is None else tuple(mark),
+            facts["reference"],
             facts["cancelled"],
         )
 
 
-def fingerprint(spec: str) -> Fingerprint | None:
-    """Return what tells whether the file of an image is still the one it was; None where there is none."""
-    where = images.path(spec)
-    if where is None:
-        return None
-    try:
-        found = os.stat(where)
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+def fingerprint(spec: str) -> str | None:
+    """Return what tells whether an image is still what it was: its files, their sizes, their times of change.
 
-
-def is_same_reference(legacy: Legacy) -> bool:
-    """Return whether decisions made against the reference are worth anything now.
-
-    A reference that is no file (an NBD export) cannot be told from another: in doubt it is not the same.
+    All those of a backing chain. None where that does not tell: for a device, an export, data in a file
+    beside those of the chain. To be asked before the image is opened, so that a file that takes another's
+    place in between is found to be another later, and never the other way round.
     """
-    return legacy.reference is not None and legacy.reference == fingerprint(
-        legacy.parameters.reference
-    )
+    try:
+        files = _files(spec)
+        return None if files is None else " ".join(map(_mark, files))
+    except (OSError, errors.UserError):
+        return None
+
+
+def _files(spec: str) -> list[str] | None:
+    """Return the files that hold an image's bytes, None where they are not known. Raises UserError."""
+    where = images.path(spec)
+    driver, _ = images.split(spec)
+    if where is None or driver == "raw":
+        return None if where is None else [where]
+    layers = chain.layers(spec, where, driver)
+    files = [layer.path for layer in layers if layer.path is not None and not layer.elsewhere]
+    return files if len(files) == len(layers) else None
+
+
+def _mark(path: str) -> str:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is no file")
+    return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
+
+
+def inherited(legacy: Legacy) -> tuple[Legacy, bool]:
+    """Return the legacy for the session that adopts the mount, and whether the reference is still the same.
+
+    What was decided against another is worth nothing; one that cannot be told from another is another.
+    """
+    found = fingerprint(legacy.parameters.reference)
+    is_same = found is not None and found == legacy.reference
+    return dataclasses.replace(legacy, reference=found), is_same
 
 
 def why_not_native(parameters: Parameters, live: base.Image) -> str | None:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -25,7 +25,14 @@ def pid_of(mountpoint: Path) -> int:
 
 def kill_session(mountpoint: Path) -> None:
     """Kill the session and wait until another one answers."""
+    replace_session(mountpoint, lambda: None)
+
+
+def replace_session(mountpoint: Path, change: Callable[[], object]) -> None:
+    """Kill the session with `change` done before the next one looks, and wait until that answers."""
     pid = pid_of(mountpoint)
+    os.kill(pid, signal.SIGSTOP)
+    change()
     os.kill(pid, signal.SIGKILL)
     wait.until(lambda: pid_of(mountpoint) != pid, "the next session answers")
 
@@ -100,11 +107,8 @@ def test_a_reference_that_has_changed_is_not_trusted(
 ) -> None:
     """What was equal to the old one says nothing of the new one: it is scanned again, or all is dirty."""
     live, reference = images.pair(tmp_path, 2 * MIB)
-    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
-        assert command.until_state(mount, "complete")["dirty"] == 0
-        pid = pid_of(mount)
-        # Stopped first, so that the change is there before the next session looks.
-        os.kill(pid, signal.SIGSTOP)
+
+    def change() -> None:
         if how == "content":
             images.overwrite(reference, 5 * SEGMENT, b"changed")
         else:
@@ -113,14 +117,44 @@ def test_a_reference_that_has_changed_is_not_trusted(
             other = bytearray(live.read_bytes())
             other[5 * SEGMENT] ^= 1
             reference.write_bytes(other)
-        os.kill(pid, signal.SIGKILL)
-        wait.until(lambda: pid_of(mount) != pid, "the next session answers")
+
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        assert command.until_state(mount, "complete")["dirty"] == 0
+        replace_session(mount, change)
         if how == "gone":
             assert command.until_state(mount, "failed")["dirty"] == 2 * MIB
             assert (mount / "disk").read_bytes() == live.read_bytes()
             command.posthoc("umount", mount, status=3)
         else:
             assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+
+
+def test_a_reference_that_comes_back_is_compared_again(tmp_path: Path, mountpoint: Path) -> None:
+    """What was decided against the one in between says nothing of the first, though it is as it was."""
+    live, reference = images.pair(tmp_path, 2 * MIB, changed=[5])
+    first, second = tmp_path / "first", tmp_path / "second"
+    os.link(reference, first)
+    second.write_bytes(live.read_bytes())
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+        replace_session(mount, lambda: second.rename(reference))
+        assert command.until_state(mount, "complete")["dirty"] == 0
+        replace_session(mount, lambda: first.rename(reference))
+        assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+
+
+def test_a_reference_whose_backing_file_has_changed_is_not_trusted(
+    tmp_path: Path, mountpoint: Path
+) -> None:
+    """The overlay itself is the file that it was."""
+    live, reference = images.pair(tmp_path, 2 * MIB)
+    overlay = tmp_path / "overlay.qcow2"
+    qemu.create(overlay, 2 * MIB, "qcow2", backing=(reference, "raw"))
+    names = (live, f"qcow2:{overlay}", mountpoint)
+    with command.mounted(*names, "--datapath", "native") as mount:
+        assert command.until_state(mount, "complete")["dirty"] == 0
+        replace_session(mount, lambda: images.overwrite(reference, 5 * SEGMENT, b"changed"))
+        assert command.until_state(mount, "complete")["dirty"] == SEGMENT
 
 
 def test_adopting_what_has_a_session_is_refused(tmp_path: Path, mountpoint: Path) -> None:

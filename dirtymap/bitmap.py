@@ -20,7 +20,7 @@ from dirtymap import errors, extent, units
 
 Buffer = bytearray | memoryview | npt.NDArray[np.uint8]
 
-# Segments looked at in one numpy operation by the searches: 128 KiB of bits.
+# Segments looked at in one numpy operation: 128 KiB of bits.
 _WINDOW = 1 << 20
 
 
@@ -218,33 +218,6 @@ class Bitmap:
         return total
 
     # Runs
-
-    def next_set(self, first: int) -> int | None:
-        """Return the first set segment from `first` on, or None."""
-        return self._next(first, wanted=True)
-
-    def next_clear(self, first: int) -> int | None:
-        """Return the first clear segment from `first` on, or None."""
-        return self._next(first, wanted=False)
-
-    def _next(self, first: int, *, wanted: bool) -> int | None:
-        uninteresting = 0 if wanted else 0xFF
-        window = 64
-        while first < self.segments:
-            head = first >> 3
-            part = self.data[head : head + window]
-            found = np.flatnonzero(part != uninteresting)
-            for at in found:
-                # The byte may have its bit before `first` only: then the next one is looked at.
-                byte = head + int(at)
-                begin = max(first, byte << 3)
-                count = min((byte + 1) << 3, self.segments) - begin
-                hit = np.flatnonzero(self.unpack(begin, count) == wanted)
-                if len(hit):
-                    return begin + int(hit[0])
-            first = (head + len(part)) << 3
-            window = min(window * 8, _WINDOW // 8)
-        return None
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yield (first, count) of each run of set segments, in order."""

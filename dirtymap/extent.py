@@ -49,12 +49,3 @@ def join(extents: Iterable[Extent]) -> Iterator[Extent]:
         current = extent
     if current is not None:
         yield current
-
-
-def clip(extents: Iterable[Extent], start: int, length: int) -> Iterator[Extent]:
-    """Yield the parts of `extents` that lie within [start, start + length)."""
-    end = start + length
-    for extent in extents:
-        first, last = max(extent.start, start), min(extent.end, end)
-        if first < last:
-            yield replace(extent, start=first, length=last - first)

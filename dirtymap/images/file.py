@@ -31,11 +31,6 @@ class FileImage:
         self.fd = fd
         self._reader = pagecache.Reader(fd)
 
-    @property
-    def is_device(self) -> bool:
-        """Whether this is a block device."""
-        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
-
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from `start` on and leave the page cache as it was; raises OSError."""
         self._reader.read_into(start, buffer)

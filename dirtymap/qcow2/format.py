@@ -29,13 +29,11 @@ U64 = Annotated[int, "Q"]
 MAGIC = 0x514649FB  # "QFI\xfb"
 EXTENSION_END = 0
 EXTENSION_BITMAPS = 0x23852875
-EXTENSION_DATA_FILE = 0x44415441
 
-INCOMPATIBLE_DIRTY = 1 << 0  # refcounts may be wrong: lazy refcounts and no clean close
 INCOMPATIBLE_CORRUPT = 1 << 1
 INCOMPATIBLE_DATA_FILE = 1 << 2
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
-INCOMPATIBLE_KNOWN = 0b11111  # the five bits of QEMU 10: bit 3 is the compression type
+INCOMPATIBLE_KNOWN = 0b11111  # QEMU 10's: bit 0 is dirty refcounts, 3 the compression type
 AUTOCLEAR_BITMAPS = 1 << 0  # cleared by a program that knows no bitmaps: they are worthless then
 
 BITMAP_IN_USE = 1 << 0  # contents are worthless: not saved, or open for writing now

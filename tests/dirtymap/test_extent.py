@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of bytes with flags."""
 
-from dirtymap.extent import Extent, clip, data, join
+from dirtymap.extent import Extent, data, join
 
 
 def test_neighbours_of_equal_flags_become_one() -> None:
@@ -17,11 +17,6 @@ def test_neighbours_of_equal_flags_become_one() -> None:
 
 def test_a_gap_keeps_extents_apart() -> None:
     assert list(join([data(0, 4), data(5, 1)])) == [data(0, 4), data(5, 1)]
-
-
-def test_clipping_keeps_flags_and_drops_what_is_outside() -> None:
-    parts = [Extent(0, 4), Extent(4, 4, hole=True), Extent(8, 4), Extent(12, 4)]
-    assert list(clip(parts, 2, 8)) == [Extent(2, 2), Extent(4, 4, hole=True), Extent(8, 2)]
 
 
 def test_an_extent_ends_behind_its_last_byte() -> None:

@@ -210,8 +210,10 @@ class Known:
 
     def equal(self, start: int, length: int, deadline: float) -> Iterator[extent.Extent]:
         del deadline
-        wanted = (extent.data(first, last - first) for first, last in self.ranges)
-        return extent.clip(wanted, start, length)
+        for first, last in self.ranges:
+            first, last = max(first, start), min(last, start + length)
+            if first < last:
+                yield extent.data(first, last - first)
 
 
 def test_a_rule_decides_whole_segments_that_would_be_read() -> None:

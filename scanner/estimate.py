@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dirtymap import errors
-from dirtymap.images import base
+from dirtymap.images import base, same
 from scanner import plan, progress, reader
 
 CONFIDENCE = 0.95
@@ -126,7 +126,7 @@ def estimate(
         reference,
         live.size,
         unit,
-        rules=() if read_all else plan.rules_for(live, reference),
+        rules=() if read_all else same.rules(live, reference),
         read_all=read_all,
         clock=clock,
     )

@@ -12,7 +12,7 @@ A shortcut decides segments without reading them, or by reading one side only. W
   was, and the write bitmap has the segment whatever is decided here.
 - one-side: the same promise for one image; the bytes of the other are read and compared with zeros.
 - written (made by the scan itself, chunk by chunk): the write bitmap is part of every map.
-- further rules (`Rule`): each states its own reason, under the same condition.
+- further rules (dirtymap/images/same.py): each states its own reason, under the same condition.
 
 A segment is decided by a shortcut only where the promise covers all of it. Asking is bounded in time and in
 memory; what is not answered is read. `read_all` switches every shortcut of this module off.
@@ -25,15 +25,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from dirtymap import extent
 from dirtymap.images import base, same
 
-ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING = "zeros", "one-side", "written", "reflinks", "backing"
+ZEROS, ONE_SIDE, WRITTEN = "zeros", "one-side", "written"
 
 # The order is part of the layout of Decisions' buffer: only append.
-REASONS = (ZEROS, ONE_SIDE, WRITTEN, REFLINKS, BACKING)
+REASONS = (ZEROS, ONE_SIDE, WRITTEN, same.REFLINKS, same.BACKING)
 
 # How much a worker takes at once; the controls are looked at in between. The reader reads it in pieces.
 CHUNK = 8 << 20
@@ -93,29 +91,6 @@ class Run:
         return self.end - self.start
 
 
-class Rule(Protocol):
-    """A way to know without reading that live and reference hold the same bytes.
-
-    Its promise must hold at some moment after the write bitmap began to record and before the answer is
-    used, for bytes not written in between (the write bitmap has those); any doubt is no extent.
-    """
-
-    @property
-    def reason(self) -> str:
-        """One of REASONS: the name under which its savings are counted."""
-
-    def equal(self, start: int, length: int, deadline: float) -> Iterator[extent.Extent]:
-        """Yield, in order, extents within [start, start + length) that are surely equal on both sides.
-
-        At `deadline` (time.monotonic() seconds) it ends, and what was not yielded is read.
-        """
-
-
-def rules_for(live: base.Image, reference: base.Image) -> list[Rule]:
-    """Return the rules beyond zeros that apply to this pair of images."""
-    return [*same.rules(live, reference)]
-
-
 class Plan:
     """The runs of one pass over what is undecided.
 
@@ -130,7 +105,7 @@ class Plan:
         size: int,
         unit: int,
         *,
-        rules: Sequence[Rule] = (),
+        rules: Sequence[same.Rule] = (),
         read_all: bool = False,
         tuning: Tuning = TUNING,
         clock: Clock = time.monotonic,
@@ -182,7 +157,7 @@ class Plan:
         self._resize(self._clock() - began)
         return _without_small_savings(runs, self._tuning.least_saving)
 
-    def _apply(self, rule: Rule, runs: Iterator[Run], start: int, stop: int) -> Iterator[Run]:
+    def _apply(self, rule: same.Rule, runs: Iterator[Run], start: int, stop: int) -> Iterator[Run]:
         answer = rule.equal(start, stop - start, self._clock() + _PATIENCE)
         ranges = _inward(((found.start, found.end) for found in answer), self._unit, self._size)
         return _cut(runs, list(ranges), rule.reason)

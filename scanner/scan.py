@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from dirtymap import bitmap
-from dirtymap.images import base
+from dirtymap.images import base, same
 from scanner import compare, crew, decisions, pace, plan, priority, progress, reader
 
 # The names that sessions use.
@@ -35,7 +35,7 @@ class Scan:
 
     `written` returns the write bitmap as it stands (any thread may ask), of the same geometry; whoever
     makes a map of these decisions ORs everything written since before run(). The map's size, that of
-    `decision`, is the live image's. `rules` replaces what plan.rules_for() says of the pair.
+    `decision`, is the live image's. `rules` replaces what same.rules() says of the pair.
 
     The controls are for the event loop's thread and take effect within one chunk.
     """
@@ -52,14 +52,14 @@ class Scan:
         paused: bool = False,
         read_all: bool = False,
         courtesy: pace.Courtesy | None = None,
-        rules: Sequence[plan.Rule] | None = None,
+        rules: Sequence[same.Rule] | None = None,
         tuning: plan.Tuning = plan.TUNING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._live, self._reference, self.decisions = live, reference, decision
         self._written = written
         self._read_all = read_all
-        self._rules = plan.rules_for(live, reference) if rules is None else rules
+        self._rules = same.rules(live, reference) if rules is None else rules
         self._tuning = tuning
         self._clock = clock
         self._unit = decision.granularity

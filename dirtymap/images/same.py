@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to know that two images hold the same bytes without reading them.
 
-Each is a rule of scanner/plan.py: asked after the write bitmap has begun to record, about bytes that the
-write bitmap has or has not; what was written since, the map has anyway. What is not sure is not yielded.
+scanner/plan.py asks them, after the write bitmap has begun to record.
 """
 
 from __future__ import annotations
@@ -21,16 +20,20 @@ BACKING = "backing"
 
 
 class Rule(Protocol):
-    """A way to know it."""
+    """A way to know without reading that both images hold the same bytes.
+
+    Its promise must hold at some moment after the write bitmap began to record and before the answer is
+    used, for bytes not written in between (the write bitmap has those); any doubt is no extent.
+    """
 
     @property
     def reason(self) -> str:
-        """The name under which its savings are counted."""
+        """The name under which its savings are counted, one of scanner/plan.py's REASONS."""
 
     def equal(self, start: int, length: int, deadline: float) -> Iterator[extent.Extent]:
         """Yield, in order, extents within [start, start + length) that are surely equal on both sides.
 
-        Ends early at `deadline` (time.monotonic() seconds).
+        At `deadline` (time.monotonic() seconds) it ends, and what was not yielded is read.
         """
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirtymap import bitmap
+from dirtymap.images import same
 from scanner import decisions, plan
 from tests import command
 
@@ -52,8 +53,8 @@ def test_each_kind_of_decision_is_counted_in_bytes() -> None:
         plan.ZEROS: 90 * 512,
         plan.ONE_SIDE: 2 * 512,
         plan.WRITTEN: 512,
-        plan.REFLINKS: 0,
-        plan.BACKING: 0,
+        same.REFLINKS: 0,
+        same.BACKING: 0,
     }
     assert made.complete
     assert dirty(made) == {0, 4, 100}
@@ -242,7 +243,7 @@ def test_sums_always_fit_the_bitmaps(steps: list[tuple[str, int, list[bool]]]) -
         elif kind == "written":
             made.written(first, chosen)
         else:
-            made.equal(first, len(chosen), plan.BACKING)
+            made.equal(first, len(chosen), same.BACKING)
         decided, differing, savings, _ = made.figures()
         assert decided == SIZE - made.unscanned.dirty_bytes()
         assert differing == made.diff.dirty_bytes()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirtymap import extent
+from dirtymap.images import same
 from scanner import plan
 from scanner.plan import Kind, Run
 from tests.scanner import fakes
@@ -203,7 +204,7 @@ def test_more_extents_than_are_listened_to_lose_nothing(monkeypatch: pytest.Monk
 class Known:
     """A rule that knows fixed ranges to be equal."""
 
-    reason = plan.REFLINKS
+    reason = same.REFLINKS
 
     def __init__(self, *ranges: tuple[int, int]) -> None:
         self.ranges = ranges
@@ -222,11 +223,11 @@ def test_a_rule_decides_whole_segments_that_would_be_read() -> None:
     rule = Known((2 * K, 13 * K), (20 * K, 44 * K))
     assert runs_of(live, reference, rules=[rule]) == [
         Run(0, 4 * K, Kind.COMPARE),
-        Run(4 * K, 12 * K, Kind.EQUAL, plan.REFLINKS),
+        Run(4 * K, 12 * K, Kind.EQUAL, same.REFLINKS),
         Run(12 * K, 20 * K, Kind.COMPARE),
-        Run(20 * K, 32 * K, Kind.EQUAL, plan.REFLINKS),
+        Run(20 * K, 32 * K, Kind.EQUAL, same.REFLINKS),
         Run(32 * K, 40 * K, Kind.EQUAL, plan.ZEROS),
-        Run(40 * K, 44 * K, Kind.EQUAL, plan.REFLINKS),
+        Run(40 * K, 44 * K, Kind.EQUAL, same.REFLINKS),
         Run(44 * K, 48 * K, Kind.LIVE),
         Run(48 * K, 64 * K, Kind.COMPARE),
     ]
@@ -236,7 +237,7 @@ def test_a_rule_is_asked_in_every_window() -> None:
     """No window is planned without it."""
     tuning = plan.Tuning(least_saving=0, window=8 * K)
     made = runs_of(image(64 * K), image(64 * K), tuning=tuning, rules=[Known((0, 64 * K))])
-    assert {(run.kind, run.reason) for run in made} == {(Kind.EQUAL, plan.REFLINKS)}
+    assert {(run.kind, run.reason) for run in made} == {(Kind.EQUAL, same.REFLINKS)}
 
 
 def ranges(end: int) -> st.SearchStrategy[list[tuple[int, int]]]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirtymap import bitmap
-from dirtymap.images import base
+from dirtymap.images import base, same
 from scanner import plan, progress, scan
 from tests import oracle
 from tests.scanner import fakes
@@ -142,8 +142,8 @@ async def test_what_was_not_read_is_told_by_its_reason() -> None:
         plan.ZEROS: 32 * K,
         plan.ONE_SIDE: 16 * K,
         plan.WRITTEN: 0,
-        plan.REFLINKS: 0,
-        plan.BACKING: 0,
+        same.REFLINKS: 0,
+        same.BACKING: 0,
     }
     assert (now.scanned, now.skipped) == (64 * K, 32 * K)
     assert sum(length for _, length in live.reads) == 16 * K

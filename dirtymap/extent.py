@@ -7,6 +7,7 @@ what is read instead may come from a backing file), `dirty` a mark in a map.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +50,32 @@ def join(extents: Iterable[Extent]) -> Iterator[Extent]:
         current = extent
     if current is not None:
         yield current
+
+
+class Span(Protocol):
+    """Whatever has a first byte, and a first byte behind."""
+
+    @property
+    def start(self) -> int:
+        """The first byte."""
+
+    @property
+    def end(self) -> int:
+        """The first byte behind."""
+
+
+A = TypeVar("A", bound=Span)
+
+
+def overlaps(one: Iterable[A], other: Iterable[A]) -> Iterator[tuple[int, int, A, A]]:
+    """Yield (start, end, a, b) wherever an `a` of one and a `b` of the other overlap; both are in order."""
+    left, right = iter(one), iter(other)
+    a, b = next(left, None), next(right, None)
+    while a is not None and b is not None:
+        start, end = max(a.start, b.start), min(a.end, b.end)
+        if start < end:
+            yield start, end, a, b
+        if a.end <= b.end:
+            a = next(left, None)
+        else:
+            b = next(right, None)

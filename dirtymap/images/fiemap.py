@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dirtymap import extent
+
 # include/uapi/linux/fs.h, fiemap.h
 _FS_IOC_FIEMAP = 0xC020660B
 _FS_IOC_FSGETXATTR = 0x801C581F
@@ -104,14 +106,7 @@ def _ask(fd: int, start: int, length: int, flags: int) -> np.ndarray:
 
 def common(one: Iterable[Place], other: Iterable[Place]) -> Iterator[Place]:
     """Yield what has the same place in both, which are in order."""
-    left, right = iter(one), iter(other)
-    a, b = next(left, None), next(right, None)
-    while a is not None and b is not None:
-        first, last = max(a.start, b.start), min(a.end, b.end)
+    for start, end, a, b in extent.overlaps(one, other):
         # Same bytes of the file at the same bytes of the device, wherever the extents began.
-        if first < last and a.physical - a.start == b.physical - b.start:
-            yield Place(first, last, a.physical + first - a.start)
-        if a.end <= b.end:
-            a = next(left, None)
-        else:
-            b = next(right, None)
+        if a.physical - a.start == b.physical - b.start:
+            yield Place(start, end, a.physical + start - a.start)

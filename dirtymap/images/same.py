@@ -157,7 +157,11 @@ class Backing:
             return
         found: Iterable[extent.Extent] = [extent.data(start, end - start)]
         for image, depth in self._sides:
-            found = _both(found, _below(image, depth, start, end - start, deadline))
+            below = _below(image, depth, start, end - start, deadline)
+            found = (
+                extent.data(first, last - first)
+                for first, last, _, _ in extent.overlaps(found, below)
+            )
         yield from extent.join(found)
 
 
@@ -202,16 +206,3 @@ def _below(
             yield extent.data(at, count)
         if time.monotonic() >= deadline:
             return
-
-
-def _both(one: Iterable[extent.Extent], other: Iterable[extent.Extent]) -> Iterator[extent.Extent]:
-    left, right = iter(one), iter(other)
-    a, b = next(left, None), next(right, None)
-    while a is not None and b is not None:
-        first, last = max(a.start, b.start), min(a.end, b.end)
-        if first < last:
-            yield extent.data(first, last - first)
-        if a.end <= b.end:
-            a = next(left, None)
-        else:
-            b = next(right, None)

@@ -6,10 +6,22 @@ import pathlib
 import secrets
 import socket
 import subprocess
+from concurrent import futures
 
 from tests import qemu, wait
 
 Path = str | os.PathLike[str]
+
+
+# nbdkit 1.32 asks for its parent's death as a SIGTERM, also where --exit-with-parent was not said, and for that
+# its parent is the thread that made it (prctl(2)): a scan's thread ends before the other has read all.
+_launcher = futures.ThreadPoolExecutor(1, thread_name_prefix="nbdkit")
+
+
+def _start(words: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 class Server:
@@ -27,9 +39,7 @@ class Server:
         assert self._process is None
         self._socket.unlink(missing_ok=True)
         words = ["nbdkit", "-f", "-U", os.fspath(self._socket), *map(os.fspath, arguments)]
-        process = self._process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = self._process = _launcher.submit(_start, words).result()
 
         def answers() -> bool:
             assert process.poll() is None, f"{words} ended with {process.returncode}"

@@ -20,7 +20,7 @@ import trio
 from dirtymap import images
 from dirtymap.images import base, export, sizes
 from scanner import priority, progress, scan
-from tests import command, nbdkit, oracle, qemu
+from tests import command, nbdkit, oracle, qemu, wait
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -159,9 +159,7 @@ class Maker:
 
 @pytest.fixture(autouse=True)
 def _ordinary_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scan gives way to everybody: on a busy machine these would take minutes, and a server that one of
-    its threads starts anew would step back too, and not be there in time.
-    """
+    """A scan gives way to everybody: on a busy machine these would take minutes."""
     monkeypatch.setattr(priority, "lower", lambda: None)
 
 
@@ -264,10 +262,14 @@ def test_a_disk_of_any_format_is_mounted_and_written(
     )
 
 
-def test_a_server_that_goes_away_for_a_moment_costs_nothing(disks: tuple[Disk, Disk]) -> None:
+def test_a_server_that_goes_away_for_a_moment_costs_nothing(
+    disks: tuple[Disk, Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The scan goes on where it was; segments in doubt are read again."""
+    pauses = UntilBack(len(export.PAUSES))
+    monkeypatch.setattr(export, "PAUSES", pauses)
     expected = oracle.differing(disks[0].content, disks[1].content, GRANULARITY)
-    with _interrupted(disks, comes_back=True) as (work, decisions):
+    with _interrupted(disks, pauses.back) as (work, decisions):
         trio.run(work.run)
         assert (work.statistics().state, work.statistics().failure) == (progress.COMPLETE, None)
         assert _segments(decisions) == expected
@@ -279,7 +281,7 @@ def test_a_reference_lost_for_good_leaves_a_valid_map(
     """The scan ends as failed; what it had not decided is dirty, nothing that differs is missing."""
     monkeypatch.setattr(export, "PAUSES", (0.0,))
     expected = oracle.differing(disks[0].content, disks[1].content, GRANULARITY)
-    with _interrupted(disks, comes_back=False) as (work, decisions):
+    with _interrupted(disks) as (work, decisions):
         trio.run(work.run)
         now = work.statistics()
         assert now.state == progress.FAILED
@@ -290,9 +292,9 @@ def test_a_reference_lost_for_good_leaves_a_valid_map(
 
 @contextlib.contextmanager
 def _interrupted(
-    disks: tuple[Disk, Disk], *, comes_back: bool
+    disks: tuple[Disk, Disk], back: threading.Event | None = None
 ) -> Iterator[tuple[scan.Scan, scan.Decisions]]:
-    """A scan whose reference's server is killed in the middle, and started anew where it comes back."""
+    """A scan whose reference's server is killed in the middle; with `back`, set then, it is started anew."""
     decisions = scan.Decisions(SIZE, GRANULARITY)
     arguments = ("file", disks[1].content)
     with (
@@ -302,8 +304,9 @@ def _interrupted(
 
         def interrupt() -> None:
             server.kill()
-            if comes_back:
+            if back is not None:
                 server.start(*arguments)
+                back.set()
 
         def is_under_way() -> bool:
             return not decisions.unscanned.all(0, decisions.unscanned.segments)
@@ -315,6 +318,19 @@ def _interrupted(
         finally:
             reference.close()
         assert live.done
+
+
+class UntilBack:
+    """Pauses before so many further tries that end when the server is back, however long it takes for that."""
+
+    def __init__(self, tries: int) -> None:
+        self._tries = tries
+        self.back = threading.Event()
+
+    def __iter__(self) -> Iterator[float]:
+        for _ in range(self._tries):
+            assert self.back.wait(wait.DEADLINE), "the server does not come back"
+            yield 0.0
 
 
 class Interrupted:

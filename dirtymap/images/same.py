@@ -64,11 +64,11 @@ class Reflinks:
         """Return the rule for this pair, None where it cannot apply."""
         if not isinstance(live, file.FileImage) or not isinstance(reference, file.FileImage):
             return None
-        one, other = os.fstat(live.fd), os.fstat(reference.fd)
-        if not (stat.S_ISREG(one.st_mode) and stat.S_ISREG(other.st_mode)):
+        if not all(stat.S_ISREG(os.fstat(side.fd).st_mode) for side in (live, reference)):
             return None
         # Places are numbers within one file system; the numbers of two would mean nothing together.
-        if one.st_dev != other.st_dev:
+        numbering = fiemap.numbering(live.fd)
+        if numbering is None or numbering != fiemap.numbering(reference.fd):
             return None
         if fiemap.is_realtime(live.fd) or fiemap.is_realtime(reference.fd):
             return None

@@ -239,6 +239,48 @@ def test_two_file_systems_share_no_places(
         assert told(live, reference) == {}
 
 
+def test_an_overlayfs_over_two_file_systems_shares_no_places(tmp_path: pathlib.Path) -> None:
+    """It gives the files of both one device number and hands FIEMAP through to whichever has the file.
+
+    That was taken for one file system: two files of different bytes were told to be identical.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("x1", "x2"):
+            stack.enter_context(_xfs_with_shared_file(tmp_path / name))
+        (tmp_path / "mnt").mkdir()
+        lower = ":".join(str(tmp_path / name / "mnt/d") for name in ("x1", "x2"))
+        subprocess.run(
+            [
+                *["mount", "-t", "overlay", "-o", f"lowerdir={lower},xino=on"],
+                *["overlay", str(tmp_path / "mnt")],
+            ],
+            check=True,
+        )
+        stack.callback(qemu.run, "umount", tmp_path / "mnt")
+        paths = [tmp_path / "mnt" / name for name in ("x1", "x2")]
+        assert paths[0].stat().st_dev == paths[1].stat().st_dev
+        with opened(*paths) as (live, reference):
+            assert told(live, reference) == {}
+
+
+@contextlib.contextmanager
+def _xfs_with_shared_file(folder: pathlib.Path) -> Iterator[None]:
+    """A new xfs on FOLDER/mnt with a file d/NAME of its own bytes, and a reflink copy of it."""
+    (folder / "mnt").mkdir(parents=True)
+    with open(folder / "disk", "wb") as stream:
+        stream.truncate(400 * MIB)
+    qemu.mkfs_xfs(folder / "disk")
+    with (
+        qemu.loop_device(folder / "disk") as device,
+        qemu.mounted(device, folder / "mnt") as mounted,
+    ):
+        (mounted / "d").mkdir()
+        path = mounted / "d" / folder.name
+        path.write_bytes(random.Random(folder.name).randbytes(MIB))
+        subprocess.run(["cp", "--reflink=always", str(path), str(mounted / "copy")], check=True)
+        yield
+
+
 def test_devices_have_no_reflinks(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))

@@ -6,12 +6,12 @@
     layers[2]  base.raw
 
 A format that no header states would be probed by QEMU, and a raw backing file's bytes are a guest's: it
-could name any file of the host as its own backing file. Such a chain is refused.
+could name any file of the host as its own backing file. Such a chain is refused, and so is one of which not
+every layer's file is known (backing.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dirtymap import errors
+from dirtymap.images import backing as backings
 from dirtymap.images import qemu_img
 
 # Deeper than any chain in use; a chain that refers to itself ends here.
@@ -114,23 +115,30 @@ def _has_data_file(information: dict[str, Any]) -> bool:
 def _below(
     name: str, path: str, driver: str, information: dict[str, Any]
 ) -> tuple[str | None, str] | None:
-    """Return (path, driver) of the backing file, None without one; path None where it is no plain file."""
+    """Return (path, driver) of the backing file, None without one; path None where its bytes are elsewhere."""
     backing = information.get("full-backing-filename") or information.get("backing-filename")
     if not backing:
         return None
-    # A vmdk's parent is a vmdk, though its header does not say so (VMware's format, "parentFileNameHint").
-    below = information.get("backing-filename-format") or ("vmdk" if driver == "vmdk" else None)
-    if backing.startswith("json:"):
-        below = below or json.loads(backing[len("json:") :]).get("driver")
-    if below is None:
+    try:
+        # A vmdk's parent is a vmdk, though its header does not say so (VMware's format, "parentFileNameHint").
+        below = (
+            information.get("backing-filename-format")
+            or ("vmdk" if driver == "vmdk" else None)
+            or backings.stated_format(backing)
+        )
+        if below is not None:
+            return backings.locate(backing, below), below
+    except ValueError:
         raise errors.ImageError(
             name,
-            f"{path} names the backing file {backing} without its format, which is never guessed: "
-            f"state it with qemu-img rebase -u -b {backing} -F FORMAT {path}",
-        )
-    if not backing.startswith("/"):
-        return None, below
-    return backing, below
+            f"{path} names the backing file {backing} in a way that does not tell what is below it: "
+            f"name it by its path with qemu-img rebase -u -b PATH -F FORMAT {path}",
+        ) from None
+    raise errors.ImageError(
+        name,
+        f"{path} names the backing file {backing} without its format, which is never guessed: "
+        f"state it with qemu-img rebase -u -b {backing} -F FORMAT {path}",
+    )
 
 
 def image_options(chain: Sequence[Layer], secrets: Sequence[str]) -> str:

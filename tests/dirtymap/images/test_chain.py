@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import pytest
 
@@ -60,14 +61,132 @@ def test_a_backing_file_without_a_format_is_refused(tmp_path: pathlib.Path) -> N
 
 
 def _name_backing_without_format(path: pathlib.Path, backing: str) -> None:
-    """Write the backing file's name into the header, as qemu-img before 6.1 did."""
+    """Write the backing file's name into the header and take its format out, as qemu-img before 6.1 did."""
     with open(path, "r+b") as stream:
+        # The extension "Backing file format" becomes one that readers skip.
+        header = stream.read(512)
+        stream.seek(0)
+        stream.write(header.replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78"))
         name = backing.encode()
         # Free space within the header's cluster; backing_file_offset and _size are at 8 and 16.
         stream.seek(4096)
         stream.write(name)
         stream.seek(8)
         stream.write((4096).to_bytes(8, "big") + len(name).to_bytes(4, "big"))
+
+
+def _file_json(path: object, **more: object) -> str:
+    """A backing file's name as libvirt writes it: a qcow2 in the file at `path`."""
+    return "json:" + json.dumps(
+        {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **more}
+    )
+
+
+# A backing file's name, given its path.
+NAMES = {
+    "json": _file_json,
+    "json-flat": lambda path: (
+        "json:" + json.dumps({"driver": "qcow2", "file.driver": "file", "file.filename": str(path)})
+    ),
+    "json-no-protocol": lambda path: (
+        "json:" + json.dumps({"driver": "qcow2", "file": {"filename": str(path)}})
+    ),
+    "json-harmless": lambda path: _file_json(path, **{"node-name": "n", "read-only": True}),
+    "file": lambda path: f"file:{path}",
+    "file-uri": lambda path: f"file://{path}",
+}
+
+
+@pytest.mark.parametrize("named", NAMES.values(), ids=NAMES)
+def test_what_lies_below_a_file_named_in_another_way_is_looked_at_too(
+    tmp_path: pathlib.Path, named: Callable[[pathlib.Path], str]
+) -> None:
+    """Such a name ended the walk: QEMU probed what lay below, and a guest's raw disk could name any file."""
+    (tmp_path / "secret").write_bytes(b"secret".ljust(MIB))
+    qemu.create(tmp_path / "evil.raw", MIB, "qcow2", backing=(tmp_path / "secret", "raw"))
+    middle = tmp_path / "middle.qcow2"
+    qemu.create(middle, MIB, "qcow2", backing=(tmp_path / "evil.raw", "raw"))
+    top = tmp_path / "top.qcow2"
+    qemu.create(top, MIB, "qcow2", backing=(named(middle), "qcow2"))
+    found = chain.layers("x", str(top), "qcow2")
+    assert [(layer.path, layer.driver) for layer in found] == [
+        (str(top), "qcow2"),
+        (str(middle), "qcow2"),
+        (str(tmp_path / "evil.raw"), "raw"),
+    ]
+    _name_backing_without_format(middle, str(tmp_path / "evil.raw"))
+    with pytest.raises(errors.ImageError, match="without its format"):
+        chain.layers("x", str(top), "qcow2")
+
+
+@pytest.mark.parametrize(
+    ("backing", "kind"),
+    [
+        pytest.param("file:middle.qcow2", "qcow2", id="relative-to-who-knows-what"),
+        pytest.param("nbd://localhost/disk", "qcow2", id="a-format-over-the-net"),
+        pytest.param(_file_json("/middle", backing=None), "qcow2", id="another-backing"),
+        pytest.param(_file_json("/middle", offset=512), "qcow2", id="a-part-of-a-file"),
+        pytest.param(_file_json("middle"), "qcow2", id="json-relative"),
+        pytest.param('json:{"driver": "qcow2", "file": "node"}', "qcow2", id="a-node"),
+        pytest.param('json:{"driver": "qcow2", "file": {}}', "qcow2", id="no-file"),
+        pytest.param('json:["qcow2"]', "qcow2", id="no-object"),
+        pytest.param("json:{'driver': 'qcow2'}", "qcow2", id="no-json"),
+        pytest.param('json:{"driver": ["qcow2"]}', "qcow2", id="no-name"),
+        pytest.param("/middle", "copy-on-read", id="a-filter"),
+        pytest.param(
+            "json:"
+            + json.dumps(
+                {"driver": "raw", "file": {"driver": "qcow2", "file": {"filename": "/middle"}}}
+            ),
+            "raw",
+            id="a-format-in-raw",
+        ),
+    ],
+)
+def test_a_name_that_cannot_be_followed_is_refused(
+    tmp_path: pathlib.Path, backing: str, kind: str
+) -> None:
+    path = tmp_path / "top.qcow2"
+    qemu.create(path, MIB, "qcow2")
+    qemu.img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", kind, path)
+    with pytest.raises(errors.ImageError, match="name it by its path") as caught:
+        chain.layers("qcow2:top", str(path), "qcow2")
+    assert str(caught.value).startswith("qcow2:top: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("backing", "kind"),
+    [
+        pytest.param("nbd://localhost/disk", "raw", id="raw"),
+        pytest.param("nbd+unix:///?socket=/s", "raw", id="raw-behind-a-socket"),
+        pytest.param(
+            "json:"
+            + json.dumps({"driver": "raw", "file": {"driver": "nbd", "server": {"type": "unix"}}}),
+            "raw",
+            id="json-raw",
+        ),
+        pytest.param('json:{"driver": "nbd", "server.type": "unix"}', "nbd", id="json-nbd"),
+    ],
+)
+def test_raw_bytes_from_the_net_end_the_walk(
+    tmp_path: pathlib.Path, backing: str, kind: str
+) -> None:
+    path = tmp_path / "top.qcow2"
+    qemu.create(path, MIB, "qcow2")
+    qemu.img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", kind, path)
+    found = chain.layers("x", str(path), "qcow2")
+    assert [(layer.path, layer.driver) for layer in found[1:]] == [(None, kind)]
+
+
+def test_a_plain_file_described_as_json_is_walked(tmp_path: pathlib.Path) -> None:
+    """Its bytes are the disk, as those of a raw one are."""
+    (tmp_path / "base").write_bytes(bytes(MIB))
+    path = tmp_path / "top.qcow2"
+    backing = "json:" + json.dumps({"driver": "file", "filename": str(tmp_path / "base")})
+    qemu.create(path, MIB, "qcow2", backing=(backing, "file"))
+    found = chain.layers("x", str(path), "qcow2")
+    assert [(layer.path, layer.driver) for layer in found[1:]] == [(str(tmp_path / "base"), "file")]
 
 
 def test_a_backing_that_is_no_file_ends_the_walk(tmp_path: pathlib.Path) -> None:

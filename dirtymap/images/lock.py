@@ -55,6 +55,23 @@ def take(fd: int, name: str, *, writing: bool) -> None:
         )
 
 
+def hold(path: str) -> int:
+    """Open the file at `path` and lock it against writers; closing the descriptor ends that.
+
+    Raises ImageError.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise errors.ImageError(path, f"cannot be opened: {errors.reason(error)}") from None
+    try:
+        take(fd, path, writing=False)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def release(fd: int) -> None:
     """Give up what `take` took."""
     # All bytes from 100 to 299.

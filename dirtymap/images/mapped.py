@@ -7,8 +7,9 @@
 
 Through qemu-nbd every byte is copied twice more, by a process that needs a core of its own. The map is QEMU's
 own and asked for in windows as they are needed; what it does not place, and whatever fails here, is read
-through qemu-nbd. It holds as long as nobody writes the image, for which our qemu-nbd's locks stand: an image
-opened for writing is never read this way.
+through qemu-nbd. It holds as long as nobody writes the chain. For that stand our qemu-nbd's locks on every
+layer of a format, and on raw ones those that are held beside it (qemu_nbd.py); they keep out whoever asks for
+such locks, QEMU and posthoc. An image opened for writing is never read this way.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@
                            in a folder of mode 0700, so that nobody else reads the guest's disk
 
 Every layer's driver is said on its command line (chain.py): nothing is probed. QEMU's own image locks
-hold: an image in use by a VM is refused, with QEMU's words.
+hold: an image in use by a VM is refused, with QEMU's words. A raw backing file it leaves to writers, as one
+who exports it can share it; that one is locked here (lock.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dirtymap import errors
-from dirtymap.images import chain, child, export, mapped, nbd, private, qemu_img
+from dirtymap.images import chain, child, export, lock, mapped, nbd, private, qemu_img
 
 if TYPE_CHECKING:
     from dirtymap import images
@@ -28,6 +30,8 @@ _STOP_PATIENCE = 10.0
 _STOP_PATIENCE_WRITABLE = 120.0
 # Connections it accepts: ours, and those that are lost but not yet noticed by it.
 _SHARED = 64
+# Layers whose bytes are the disk's: without metadata, which QEMU would lock for its own sake.
+_PLAIN = ("raw", "file", "host_device")
 
 
 class Server:
@@ -38,8 +42,12 @@ class Server:
     ) -> None:
         self.layers = tuple(layers)
         self._writable = writable
+        self._locks = contextlib.ExitStack()
         self._folder = private.Folder()
         try:
+            for layer in layers:
+                if layer.path is not None and layer.driver in _PLAIN:
+                    self._locks.callback(os.close, lock.hold(layer.path))
             socket = os.path.join(self._folder.path, "nbd")
             self.uri = nbd.uri(socket)
             # One that is written to is told to end, and writes its metadata first.
@@ -50,6 +58,7 @@ class Server:
                 death,
             )
         except BaseException:
+            self._locks.close()
             self._folder.remove()
             raise
 
@@ -60,6 +69,7 @@ class Server:
     def stop(self) -> None:
         """End it, cleanly where it writes, and remove its folder. May be called more than once."""
         self.child.stop(_STOP_PATIENCE_WRITABLE if self._writable else _STOP_PATIENCE)
+        self._locks.close()
         self._folder.remove()
 
 

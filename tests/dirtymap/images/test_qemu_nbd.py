@@ -243,6 +243,33 @@ def test_a_server_that_cannot_start_says_why(
     assert str(caught.value) == f"qcow2:{path}: the disk is on fire"
 
 
+@pytest.mark.parametrize("writable", [False, True], ids=["read", "written"])
+def test_nobody_writes_the_raw_file_below(tmp_path: pathlib.Path, writable: bool) -> None:
+    """QEMU's own locks leave a raw backing file to writers, unlike that of any format."""
+    base_path, path = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    base_path.write_bytes(bytes(MIB))
+    qemu.create(path, MIB, "qcow2", backing=(base_path, "raw"))
+    with opened(f"qcow2:{path}", writable=writable):
+        with pytest.raises(errors.ImageError, match="in use by another program"):
+            images.open(str(base_path), writable=True)
+        images.open(str(base_path)).close()
+        with pytest.raises(AssertionError, match="lock"):
+            qemu.io(base_path, "write 0 512")
+        qemu.io(base_path, "read 0 512", options=["-r"])
+    qemu.io(base_path, "write 0 512")
+
+
+def test_a_raw_file_below_that_is_written_is_refused(tmp_path: pathlib.Path) -> None:
+    base_path, path = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    base_path.write_bytes(bytes(MIB))
+    qemu.create(path, MIB, "qcow2", backing=(base_path, "raw"))
+    with qemu.nbd_server(base_path, writable=True):
+        with pytest.raises(errors.ImageError, match="base.raw: is in use"):
+            images.open(f"qcow2:{path}")
+    with opened(f"qcow2:{path}") as image:
+        assert read(image) == bytes(MIB)
+
+
 def test_a_format_may_lie_on_a_block_device(disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "disk.qcow2"
     qemu.convert(disk, path, "qcow2")

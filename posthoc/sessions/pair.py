@@ -34,16 +34,20 @@ def open_pair(
 ) -> Iterator[Pair]:
     """Open both images by name for the time of the context.
 
-    Raises UserError where they are the same bytes, where one cannot be opened or is in use, or where the live
-    disk is shorter than the reference and `allow_shrunk` was not said.
+    Raises UserError where they are the same bytes, where one cannot be opened or is in use, where the live
+    disk would be written and the reference stands on it, or where the live disk is shorter than the reference
+    and `allow_shrunk` was not said.
     """
     if images.same_file(live, reference):
         raise errors.UserError(f"{live} and {reference} are the same disk: nothing can be compared")
     with contextlib.ExitStack() as stack:
-        opened = images.open(live, writable=writable, options=options)
-        stack.callback(opened.close)
         compared = images.open_reference(reference, options=options)
         stack.callback(compared.close)
+        if writable:
+            # Before it is opened: a format's header is written then.
+            _check_not_below(live, compared)
+        opened = images.open(live, writable=writable, options=options)
+        stack.callback(opened.close)
         compared, rounded = _fit(compared, opened.size)
         notes = _size_notes(opened, compared, allow_shrunk=allow_shrunk) + rounded
         reader = opened
@@ -52,6 +56,20 @@ def open_pair(
             if reader is not opened:
                 stack.callback(reader.close)
         yield Pair(opened, reader, compared, notes)
+
+
+def _check_not_below(live: str, reference: base.Image) -> None:
+    """Refuse to write a file that the reference reads from, under any name and through a loop device.
+
+    Only the live disk's uppermost layer is written: those below it may be the reference's, too.
+    """
+    if not isinstance(reference, export.NbdImage) or reference.server is None:
+        return
+    for layer in reference.server.layers:
+        if layer.path is not None and images.same_file(live, layer.path):
+            raise errors.ImageError(
+                live, f"{reference.name} stands on it: writing it would destroy the reference"
+            )
 
 
 @contextlib.contextmanager

@@ -123,6 +123,35 @@ def test_live_and_reference_the_same(tmp_path: Path, mountpoint: Path) -> None:
         assert "the same disk" in refused(device, live, mountpoint=mountpoint)
 
 
+@pytest.mark.parametrize("name", ["base.raw", "qcow2:middle.qcow2"])
+def test_live_is_a_file_below_the_reference(tmp_path: Path, mountpoint: Path, name: str) -> None:
+    """What the guest would write there is the backup: `mount` served it, and destroyed the reference."""
+    live, _ = images.pair(tmp_path)
+    live.rename(tmp_path / "base.raw")
+    qemu.create(tmp_path / "middle.qcow2", 4 * MIB, "qcow2", backing=("base.raw", "raw"))
+    qemu.create(tmp_path / "top.qcow2", 4 * MIB, "qcow2", backing=("middle.qcow2", "qcow2"))
+    reference = f"qcow2:{tmp_path}/top.qcow2"
+    scheme, _, path = name.rpartition(":")
+    file = tmp_path / path
+    spec = f"{scheme}:{file}" if scheme else str(file)
+    told = f"{reference} stands on it"
+    assert f"{spec}: {told}" in refused(spec, reference, mountpoint=mountpoint)
+    if not scheme:
+        with qemu.loop_device(file) as device:
+            assert f"{device}: {told}" in refused(device, reference, mountpoint=mountpoint)
+    # Reading both is what an incremental backup's size is estimated by.
+    command.posthoc("diff", spec, reference, status=0)
+
+
+def test_live_may_stand_on_the_reference(tmp_path: Path, mountpoint: Path) -> None:
+    live, _ = images.pair(tmp_path)
+    live.rename(tmp_path / "base.raw")
+    qemu.create(tmp_path / "top.qcow2", 4 * MIB, "qcow2", backing=("base.raw", "raw"))
+    with command.mounted(f"qcow2:{tmp_path}/top.qcow2", tmp_path / "base.raw", mountpoint):
+        images.overwrite(mountpoint / "disk", 0, b"new")
+        assert command.until_state(mountpoint, "complete")["dirty"] == SEGMENT
+
+
 def test_a_mountpoint_that_is_not_fit(tmp_path: Path, mountpoint: Path) -> None:
     live, reference = images.pair(tmp_path)
     missing = tmp_path / "missing"

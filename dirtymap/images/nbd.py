@@ -17,10 +17,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib import parse
 
 from dirtymap import errors
 
@@ -96,9 +98,25 @@ class Facts:
 
 def uri(socket: str | os.PathLike[str], export: str = "") -> str:
     """Return the NBD URI of `export` behind the unix socket at `socket` (an absolute path)."""
-    from urllib.parse import quote
+    return f"nbd+unix:///{parse.quote(export, safe='')}?socket={parse.quote(os.fspath(socket))}"
 
-    return f"nbd+unix:///{quote(export, safe='')}?socket={quote(os.fspath(socket))}"
+
+def absolute(uri: str) -> str:
+    """Return `uri` with the local files that its query names made absolute, from the current folder.
+
+    Source: the NBD URI specification, and nbd_connect_uri(3) for the TLS material.
+    """
+    address, mark, query = uri.partition("?")
+    # Both separators are known to libnbd.
+    parts = re.split("([&;])", query)
+    return address + mark + "".join(map(_absolute_part, parts))
+
+
+def _absolute_part(part: str) -> str:
+    key, _, value = part.partition("=")
+    if key not in ("socket", "tls-certificates", "tls-psk-file") or value.startswith("/"):
+        return part
+    return f"{key}={parse.quote(os.path.abspath(parse.unquote(value)))}"
 
 
 def require_binding() -> None:

@@ -9,6 +9,7 @@ import re
 import sys
 
 from dirtymap import errors, images, units
+from dirtymap.images import nbd
 from overlayfs import mountpoint
 from posthoc import background, exits, report
 from posthoc.commands import options, status
@@ -141,9 +142,9 @@ _LONGEST_NAME = 1023
 
 
 def absolute(spec: str) -> str:
-    """Return an image's name with its path made absolute: the session works from /."""
+    """Return an image's name with its paths made absolute: the session works from /."""
     scheme, rest = images.split(spec)
     if scheme.startswith("nbd"):
-        return spec
+        return nbd.absolute(spec)
     where = os.path.abspath(rest)
     return where if not re.match(r"[a-z0-9+]+:", spec) else f"{scheme}:{where}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -105,12 +106,16 @@ def access(parser: argparse.ArgumentParser) -> None:
 
 
 def image_options(arguments: argparse.Namespace) -> images.Options:
-    """Return what `access` and `scan` have parsed as images need it."""
+    """Return what `access` and `scan` have parsed as images need it: for a session that works from / too."""
     return images.Options(
-        secrets=tuple(arguments.secret),
+        secrets=tuple(map(os.path.abspath, arguments.secret)),
         connections=arguments.connections,
         read_all=getattr(arguments, "read_all", False),
-        tls_certificates=arguments.tls_certificates,
-        tls_psk=arguments.tls_psk,
+        tls_certificates=_absolute(arguments.tls_certificates),
+        tls_psk=_absolute(arguments.tls_psk),
         tls_user=arguments.tls_user,
     )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)

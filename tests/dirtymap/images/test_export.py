@@ -419,6 +419,26 @@ def test_what_cannot_be_reached_is_one_line(spec: str) -> None:
     assert str(caught.value).startswith(spec)
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        pytest.param("nbd://host:10809/disk", "nbd://host:10809/disk", id="no-file"),
+        pytest.param("nbd+unix:///?socket=/a%20b/s", "nbd+unix:///?socket=/a%20b/s", id="absolute"),
+        pytest.param("nbd+unix:///?socket=a%20b", "nbd+unix:///?socket=/here/a%20b", id="relative"),
+        pytest.param(
+            "nbds+unix:///x?tls-username=a&socket=s;tls-psk-file=k+y&tls-certificates=../c",
+            "nbds+unix:///x?tls-username=a&socket=/here/s;tls-psk-file=/here/k%2By&tls-certificates=/c",
+            id="with-keys",
+        ),
+    ],
+)
+def test_files_in_an_address_are_made_absolute(
+    monkeypatch: pytest.MonkeyPatch, uri: str, expected: str
+) -> None:
+    monkeypatch.setattr(os, "getcwd", lambda: "/here")
+    assert nbd.absolute(uri) == expected
+
+
 def test_an_empty_export_is_refused(folder: pathlib.Path) -> None:
     with (
         nbdkit.Server(folder, "memory", "0") as server,

@@ -25,8 +25,9 @@ from dirtymap.images import base, blocks, nbd, pool
 if TYPE_CHECKING:
     from dirtymap.images import chain
 
-# Seconds to wait before each further try: 15 s in all, a server's restart.
+# Seconds to wait before each further try, and for all of them with what connecting takes: a server's restart.
 PAUSES = (0.1, 0.4, 1.0, 2.0, 4.0, 7.5)
+PATIENCE = 15.0
 # Connections where the server says that several see the same disk (NBD_FLAG_CAN_MULTI_CONN).
 CONNECTIONS = 4
 
@@ -156,25 +157,31 @@ class NbdImage:
 
     def perform(self, work: Callable[[nbd.Connection], T]) -> T:
         """Return work(connection), with a new connection as often as it takes. Raises OSError."""
-        pauses = iter(() if self._gone else PAUSES)
+        pauses = iter(PAUSES)
+        patience = pool.Patience(PATIENCE)
         while True:
+            if self._gone:
+                patience.left = min(patience.left, pool.FURTHER_PATIENCE)
             try:
-                with self._pool.connection() as connection:
+                with self._pool.connection(patience) as connection:
                     self._check(connection)
                     self._gone = False
                     return work(connection)
             except nbd.LostError as error:
                 self.lost()
-                pause = next(pauses, None)
+                pause = None if self._gone or patience.left <= 0 else next(pauses, None)
                 if pause is None or not (self.server is None or self.server.is_alive()):
                     # Whoever asks next gets one try: a server that comes back late is found again.
                     self._gone = True
                     raise base.GoneError(f"the connection is lost: {error}") from None
-                if self._closing.wait(pause):
+                with patience.spent():
+                    closed = self._closing.wait(min(pause, patience.left))
+                if closed:
                     raise OSError(errno.EBADF, "the image has been closed") from None
 
     def lost(self) -> None:
         """Called when a connection was lost: what was not flushed may be lost with it."""
+        self._pool.drop_idle()
 
     def _check(self, connection: nbd.Connection) -> None:
         facts = connection.facts
@@ -199,27 +206,44 @@ class WritableNbdImage(NbdImage):
         super().__init__(name, address, first, connections)
         self._blocks = blocks.Lock()
         self._state = threading.Lock()
-        # Counts of requests: begun, and covered by a flush.
-        self._written = 0
+        # Counts of requests that change bytes: acknowledged, and covered by a flush. One in flight that is lost
+        # is made again, and is in doubt no more than one not begun.
+        self._acknowledged = 0
         self._flushed = 0
+        self._losses = 0
         self._in_doubt = False
 
     def lost(self) -> None:
         """Remember that acknowledged writes may have died with the server, for the next flush to say."""
+        super().lost()
         with self._state:
-            self._in_doubt = self._in_doubt or self._written > self._flushed
+            self._losses += 1
+            self._in_doubt = self._in_doubt or self._acknowledged > self._flushed
+
+    def _change(self, work: Callable[[nbd.Connection], None]) -> None:
+        """Perform one request that changes bytes, and count it when it is acknowledged."""
+
+        def counted(connection: nbd.Connection) -> None:
+            with self._state:
+                losses = self._losses
+            work(connection)
+            with self._state:
+                self._acknowledged += 1
+                # Another thread has found a connection lost meanwhile: perhaps to the very server that
+                # has acknowledged this.
+                self._in_doubt = self._in_doubt or self._losses != losses
+
+        self.perform(counted)
 
     def write(self, start: int, buffer: bytes | memoryview) -> None:
         """Write all of `buffer`; after an OSError any part of it may have been written."""
-        with self._state:
-            self._written += 1
         view = memoryview(buffer).cast("B")
         split = blocks.split(start, len(view), self.facts.minimum, self.size)
         if split.whole is not None:
             first, length = split.whole
             part = view[first - start :][:length]
             with self._blocks.shared():
-                self.perform(lambda connection: connection.write(first, part))
+                self._change(lambda connection: connection.write(first, part))
         for first, length in split.partial:
             self._rewrite(first, view[first - start :][:length])
 
@@ -230,7 +254,7 @@ class WritableNbdImage(NbdImage):
         with self._blocks.alone():
             self.perform(lambda connection: connection.read(first, block))
             block[start - first :][: len(part)] = part
-            self.perform(lambda connection: connection.write(first, block))
+            self._change(lambda connection: connection.write(first, block))
 
     def flush(self, datasync: bool = True) -> None:
         """Return when everything written is stable on the server's side.
@@ -239,26 +263,24 @@ class WritableNbdImage(NbdImage):
         forgotten what it had acknowledged, and only who wrote it can know what to do.
         """
         with self._state:
-            written = self._written
+            acknowledged = self._acknowledged
         if self.facts.can_flush:
             self.perform(nbd.Connection.flush)
         with self._state:
             # Looked at last: the connection may have been lost by this very flush.
             in_doubt, self._in_doubt = self._in_doubt, False
-            self._flushed = max(self._flushed, written)
+            self._flushed = max(self._flushed, acknowledged)
         if in_doubt:
             raise OSError(errno.EIO, "the server was lost with writes not yet flushed")
 
     def zero(self, start: int, length: int) -> None:
         """Make the bytes read as zeros; the server may make holes of them."""
-        with self._state:
-            self._written += 1
         split = blocks.split(start, length, self.facts.minimum, self.size)
         if split.whole is not None:
             first, count = split.whole
             with self._blocks.shared():
                 if self.facts.can_zero:
-                    self.perform(lambda connection: connection.zero(first, count))
+                    self._change(lambda connection: connection.zero(first, count))
                 else:
                     self._write_zeros(first, count)
         for first, count in split.partial:
@@ -268,7 +290,7 @@ class WritableNbdImage(NbdImage):
         zeros = memoryview(bytes(min(length, 4 << 20)))
         for at in range(start, start + length, len(zeros)):
             part = zeros[: start + length - at]
-            self.perform(functools.partial(_write, at, part))
+            self._change(functools.partial(_write, at, part))
 
     def trim(self, start: int, length: int) -> None:
         """Say that the bytes are needed no more; they may read as anything until written again.
@@ -278,11 +300,9 @@ class WritableNbdImage(NbdImage):
         split = blocks.split(start, length, self.facts.minimum, self.size)
         if split.whole is None or not self.facts.can_trim:
             return
-        with self._state:
-            self._written += 1
         first, count = split.whole
         with self._blocks.shared():
-            self.perform(lambda connection: connection.trim(first, count))
+            self._change(lambda connection: connection.trim(first, count))
 
 
 def _write(start: int, buffer: memoryview, connection: nbd.Connection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,24 @@ from dirtymap.images import nbd
 # Seconds for a connection beyond the first. A server that serves one client at a time (qemu-nbd without
 # --shared) does not refuse a second one, it lets it wait; even then it may say that several are welcome.
 FURTHER_PATIENCE = 3.0
+# Seconds that a try has at least.
+_SHORTEST = 1.0
+
+
+class Patience:
+    """Seconds that reaching a server may take in all, over several tries; `left` of them."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    @contextmanager
+    def spent(self) -> Iterator[None]:
+        """Take the time that the block lasts."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.left -= time.monotonic() - began
 
 
 class Pool:
@@ -27,9 +46,13 @@ class Pool:
         self._closed = False
 
     @contextmanager
-    def connection(self) -> Iterator[nbd.Connection]:
-        """Lend a connection for as long as the block lasts. Raises nbd.LostError where none can be made."""
-        connection = self._take()
+    def connection(self, patience: Patience | None = None) -> Iterator[nbd.Connection]:
+        """Lend a connection for as long as the block lasts. Raises nbd.LostError where none can be made.
+
+        Making one takes what is left of `patience`, or a moment where nothing is; waiting for one that
+        others use takes none of it.
+        """
+        connection = self._take(patience)
         try:
             yield connection
         except BaseException as error:
@@ -40,10 +63,10 @@ class Pool:
         finally:
             self._give(connection)
 
-    def _take(self) -> nbd.Connection:
+    def _take(self, patience: Patience | None) -> nbd.Connection:
         while (connection := self._idle_or_slot()) is None:
             try:
-                return nbd.Connection(self.address, self._patience())
+                return self._connect(patience)
             except nbd.LostError:
                 if not self._is_further():
                     self._forget()
@@ -71,8 +94,13 @@ class Pool:
         with self._changed:
             return self._made > 1
 
-    def _patience(self) -> float | None:
-        return FURTHER_PATIENCE if self._is_further() else None
+    def _connect(self, patience: Patience | None) -> nbd.Connection:
+        seconds = FURTHER_PATIENCE if self._is_further() else nbd.CONNECT_PATIENCE
+        if patience is None:
+            return nbd.Connection(self.address, seconds)
+        with patience.spent():
+            # The last of several tries is a try all the same.
+            return nbd.Connection(self.address, min(seconds, max(patience.left, _SHORTEST)))
 
     def _forget(self, *, lower: bool = False) -> None:
         with self._changed:
@@ -96,6 +124,15 @@ class Pool:
         with self._changed:
             self._made += 1
             self._idle.append(connection)
+
+    def drop_idle(self) -> None:
+        """Close what nobody uses: after a loss these lead to the server that has gone."""
+        with self._changed:
+            idle, self._idle = self._idle, []
+            self._made -= len(idle)
+            self._changed.notify_all()
+        for connection in idle:
+            connection.close()
 
     def close(self) -> None:
         """Close what is idle now, and what is lent out when it comes back."""

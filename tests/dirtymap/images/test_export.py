@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NBD exports as images: reading, writing, blocks, TLS, faults, and servers that go away."""
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -17,7 +18,7 @@ import pytest
 
 from dirtymap import errors, images
 from dirtymap.extent import Extent
-from dirtymap.images import base, export, nbd
+from dirtymap.images import base, export, nbd, pool
 from tests import nbdkit, qemu, wait
 
 MIB = 1 << 20
@@ -616,6 +617,96 @@ def test_a_write_in_doubt_is_written_again(
         server.start("file", path)
         thread.join()
         assert read(image, 0, 15) == bytes(5) + b"again" + bytes(5)
+        # The server that is there has all of it: nothing for a flush to tell.
+        image.flush()
+
+
+def test_a_write_answered_in_part_is_in_doubt(
+    tmp_path: pathlib.Path, opened: Opened, folder: pathlib.Path
+) -> None:
+    """Whole blocks are acknowledged before the rest of the same write is begun."""
+    path, log = tmp_path / "disk", tmp_path / "log"
+    path.write_bytes(bytes(MIB))
+    policy = ["blocksize-minimum=4096", "blocksize-error-policy=error"]
+    stuck = _stuck(path, log, "read")
+    with nbdkit.Server(folder, "--filter=blocksize-policy", *stuck, *policy) as server:
+        image = writable(opened(server.uri, writable=True))
+        thread = threading.Thread(target=lambda: image.write(0, b"x" * 5000))
+        thread.start()
+        wait.until(lambda: " Read " in log.read_text(), "the second block's rest is being read")
+        server.kill()
+        server.start("--filter=blocksize-policy", "file", path, *policy)
+        thread.join()
+        with pytest.raises(OSError) as caught:
+            image.flush()
+        assert caught.value.errno == errno.EIO
+        image.flush()
+
+
+def test_a_loss_between_an_answer_and_its_counting_is_in_doubt(
+    tmp_path: pathlib.Path,
+    opened: Opened,
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread may find out first that the server has gone which has just acknowledged a write."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    with nbdkit.Server(folder, "file", path) as server:
+        image = writable(opened(server.uri, writable=True))
+        real = nbd.Connection.write
+
+        def write(self: nbd.Connection, start: int, buffer: memoryview) -> None:
+            real(self, start, buffer)
+            image.lost()
+
+        monkeypatch.setattr(nbd.Connection, "write", write)
+        image.write(0, b"one")
+        with pytest.raises(OSError) as caught:
+            image.flush()
+        assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_after_a_loss_no_idle_connection_is_tried(
+    disk: pathlib.Path, opened: Opened, folder: pathlib.Path
+) -> None:
+    """They lead to the same server: each would cost a try, and be taken for another loss."""
+    with nbdkit.Server(folder, "file", disk) as server:
+        image = opened(server.uri, writable=True)
+        assert isinstance(image, export.NbdImage)
+        with contextlib.ExitStack() as stack:
+            for _ in range(export.CONNECTIONS):
+                stack.enter_context(image._pool.connection())
+        server.kill()
+        server.start("file", disk)
+        assert read(image, 0, 10) == disk.read_bytes()[:10]
+
+
+def test_a_server_that_never_shakes_hands_again_is_given_up_in_time(
+    disk: pathlib.Path, opened: Opened, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections are accepted, by the kernel: each try took its full patience, with the guest waiting."""
+    monkeypatch.setattr(export, "PAUSES", (0.0,) * 6)
+    monkeypatch.setattr(export, "PATIENCE", 0.5)
+    monkeypatch.setattr(nbd, "CONNECT_PATIENCE", 0.3)
+    monkeypatch.setattr(pool, "FURTHER_PATIENCE", 0.1)
+    with nbdkit.Server(folder, "file", disk) as server:
+        image = opened(server.uri)
+        server.kill()
+    (folder / "s").unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(folder / "s"))
+        listener.listen()
+        listener.setblocking(False)
+        with pytest.raises(base.GoneError, match="does not answer"):
+            read(image, 0, 10)
+        tries = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                listener.accept()[0].close()
+                tries += 1
+        assert 1 <= tries <= 3
 
 
 def test_a_read_only_export_is_not_written(disk: pathlib.Path) -> None:

@@ -15,7 +15,8 @@ A shortcut decides segments without reading them, or by reading one side only. W
 - further rules (dirtymap/images/same.py): each states its own reason, under the same condition.
 
 A segment is decided by a shortcut only where the promise covers all of it. Asking is bounded in time and in
-memory; what is not answered is read. `read_all` switches every shortcut of this module off.
+memory; what is not answered is read. `read_all` switches every shortcut off, the scan's own
+too.
 """
 
 from __future__ import annotations

@@ -260,7 +260,10 @@ class Scan:
             self.decisions.compared(start // granularity, mask, one_side=one_side)
 
     def _unwritten(self, chunk: plan.Run) -> list[plan.Range]:
-        """Return the parts of a chunk to read: not what the write bitmap has, which is dirty anyway."""
+        """Return the parts of a chunk to read: not what the write bitmap has, which is dirty anyway.
+
+        With `read_all` the whole of it: whoever asks for that wants both disks read.
+        """
         whole = [(chunk.start, chunk.end)]
         if self._written is None:
             return whole
@@ -269,7 +272,7 @@ class Scan:
         written = self._written()
         if (written.size, written.granularity) != (self.decisions.size, granularity):
             raise ValueError(f"{written!r} is no write bitmap of this disk")
-        if not written.any(first, count):
+        if self._read_all or not written.any(first, count):
             return whole
         mask = written.unpack(first, count)
         self.decisions.written(first, mask)

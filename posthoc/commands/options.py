@@ -76,7 +76,9 @@ def scan(parser: argparse.ArgumentParser) -> None:
         help="threads that read and compare (2)",
     )
     parser.add_argument(
-        "--read-all", action="store_true", help="read and compare everything: trust no extent map"
+        "--read-all",
+        action="store_true",
+        help="read and compare everything: trust no extent map, leave nothing out",
     )
     parser.add_argument(
         "--allow-shrunk",

@@ -165,6 +165,20 @@ async def test_what_is_written_already_is_not_read() -> None:
     assert dirty(made.decisions, written) == {0, 1, 2, 3, 5, 6}
 
 
+async def test_read_all_reads_what_is_written_already_too() -> None:
+    """It trusts nothing, and says so: every byte of both sides is read, and the map is the same."""
+    live, reference = pair(64 * K, 0)
+    written = bitmap.Bitmap(64 * K, 4 * K)
+    written.set(0, 7)
+    live.content[5 * 4 * K] ^= 1
+    made = await scanned(live, reference, written=lambda: written, workers=1, read_all=True)
+    whole = [(at, 16 * K) for at in range(0, 64 * K, 16 * K)]
+    assert (live.reads, reference.reads) == (whole, whole)
+    assert made.statistics().savings[plan.WRITTEN] == made.statistics().skipped == 0
+    assert dirty(made.decisions) == {5}
+    assert dirty(made.decisions, written) == set(range(7))
+
+
 async def test_a_write_bitmap_of_another_disk_is_a_bug() -> None:
     """A wrong geometry would skip the wrong segments: it is refused, and the scan has failed."""
     live, reference = pair(64 * K, 0)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """nbdkit as a laboratory: a server that can be killed and started again, and TLS material."""
 
+import contextlib
 import os
 import pathlib
 import secrets
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent import futures
 
 from tests import qemu, wait
@@ -64,6 +67,35 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+@contextlib.contextmanager
+def over_tcp(*arguments: Path) -> Iterator[int]:
+    """Serve on the loopback interface by nbdkit and yield the port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        # nbdkit takes the listener from us (socket activation): nobody else can get the port in between.
+        take_over = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+            "os.execvp(sys.argv[2], sys.argv[2:])"
+        )
+        process = subprocess.Popen(
+            [
+                *[sys.executable, "-c", take_over, str(listener.fileno())],
+                *["nbdkit", "-f", *map(os.fspath, arguments)],
+            ],
+            env={**os.environ, "LISTEN_FDS": "1"},
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        port: int = listener.getsockname()[1]
+    try:
+        yield port
+    finally:
+        process.kill()
+        process.wait()
 
 
 def psk_file(folder: pathlib.Path, user: str = "alice") -> pathlib.Path:

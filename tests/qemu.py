@@ -336,6 +336,22 @@ def mounted(device: Path, folder: pathlib.Path, options: str = "") -> Iterator[p
         run("umount", folder)
 
 
+@contextlib.contextmanager
+def reflinks(folder: pathlib.Path, kind: str = "xfs") -> Iterator[pathlib.Path]:
+    """A new file system with reflinks ("xfs" or "btrfs") in `folder` (made here); yield where it is mounted."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "disk", "wb") as stream:
+        stream.truncate(400 << 20)
+    {"xfs": mkfs_xfs, "btrfs": mkfs_btrfs}[kind](folder / "disk")
+    with loop_device(folder / "disk") as device, mounted(device, folder / "mnt") as mountpoint:
+        yield mountpoint
+
+
+def reflink(source: Path, target: Path) -> None:
+    """Make `target` a copy that shares the source's places."""
+    run("cp", "--reflink=always", source, target)
+
+
 def mkfs_ext4(path: Path, *options: str) -> None:
     """Make an ext4 that is written at once and discards nothing, for the same bytes every time."""
     extended = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"

@@ -33,12 +33,7 @@ def reflinks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[pathlib.Path]:
     """A folder on a file system with reflinks."""
-    folder = tmp_path_factory.mktemp(request.param)
-    disk = folder / "disk"
-    with open(disk, "wb") as stream:
-        stream.truncate(400 * MIB)
-    (qemu.mkfs_xfs if request.param == "xfs" else qemu.mkfs_btrfs)(disk)
-    with qemu.loop_device(disk) as device, qemu.mounted(device, folder / "mnt") as mounted:
+    with qemu.reflinks(tmp_path_factory.mktemp(request.param), request.param) as mounted:
         yield mounted
 
 
@@ -50,7 +45,7 @@ def pair(
     folder = pathlib.Path(tempfile.mkdtemp(dir=reflinks))
     reference, live = folder / "reference", folder / "live"
     reference.write_bytes(random.Random(3).randbytes(SIZE))
-    subprocess.run(["cp", "--reflink=always", str(reference), str(live)], check=True)
+    qemu.reflink(reference, live)
     yield live, reference
     for path in (live, reference):
         path.unlink()
@@ -266,18 +261,11 @@ def test_an_overlayfs_over_two_file_systems_shares_no_places(tmp_path: pathlib.P
 @contextlib.contextmanager
 def _xfs_with_shared_file(folder: pathlib.Path) -> Iterator[None]:
     """A new xfs on FOLDER/mnt with a file d/NAME of its own bytes, and a reflink copy of it."""
-    (folder / "mnt").mkdir(parents=True)
-    with open(folder / "disk", "wb") as stream:
-        stream.truncate(400 * MIB)
-    qemu.mkfs_xfs(folder / "disk")
-    with (
-        qemu.loop_device(folder / "disk") as device,
-        qemu.mounted(device, folder / "mnt") as mounted,
-    ):
+    with qemu.reflinks(folder) as mounted:
         (mounted / "d").mkdir()
         path = mounted / "d" / folder.name
         path.write_bytes(random.Random(folder.name).randbytes(MIB))
-        subprocess.run(["cp", "--reflink=always", str(path), str(mounted / "copy")], check=True)
+        qemu.reflink(path, mounted / "copy")
         yield
 
 

@@ -39,7 +39,8 @@ class Reader:
         self._hashed = reference if isinstance(reference, base.HashedImage) else None
         if self._hashed is not None:
             self._unit = max(granularity, self._hashed.granularity)
-        self._piece = max(PIECE, self._unit)
+        distant = [i.at_once for i in self._images.values() if isinstance(i, base.DistantImage)]
+        self._piece = max(PIECE, self._unit, *distant)
         self._buffers = {side: compare.buffer(self._piece) for side in self._images}
         self._views = {side: buffer.data for side, buffer in self._buffers.items()}
         self._at_live, self._at_reference = (

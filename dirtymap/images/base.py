@@ -61,6 +61,14 @@ class WritableImage(Image, Protocol):
 
 
 @runtime_checkable
+class DistantImage(Image, Protocol):
+    """An image whose every answer is waited for: the more is asked for at once, the less that costs."""
+
+    at_once: int
+    """Bytes of one read that keep as many requests in flight as it may have."""
+
+
+@runtime_checkable
 class HashedImage(Image, Protocol):
     """A reference of which only hashes are known: it answers whether bytes are the same."""
 

@@ -51,6 +51,8 @@ class Server(Protocol):
 class NbdImage:
     """The export at `address`; use `open_export`."""
 
+    at_once = nbd.REQUEST * nbd.IN_FLIGHT
+
     def __init__(
         self, name: str, address: nbd.Address, first: nbd.Connection, connections: int
     ) -> None:

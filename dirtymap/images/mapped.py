@@ -87,6 +87,9 @@ _NOT_MAPPED = _Window([])
 class MappedImage(export.NbdImage):
     """An image behind a qemu-nbd of ours, opened for reading."""
 
+    # Most of it is read from its files.
+    at_once = 0
+
     def __init__(
         self, name: str, address: nbd.Address, first: nbd.Connection, connections: int
     ) -> None:

@@ -39,6 +39,24 @@ def test_each_kind_reads_what_it_needs_and_no_more() -> None:
     assert (live.reads, reference.reads) == ([(0, 3 * G)], [(0, 3 * G)])
 
 
+class DistantImage(fakes.MemoryImage):
+    at_once = 4 << 20
+
+
+def test_a_distant_image_is_asked_for_much_at_once() -> None:
+    """So that many requests are on their way: a server 20 ms away was scanned at 43 MB/s by pieces of 1 MiB, and at 150."""
+    content = bytes(range(256)) * (9 << 12)
+    near, far = fakes.MemoryImage(bytearray(content)), DistantImage(bytearray(content))
+    assert isinstance(far, base.DistantImage)
+    assert not isinstance(near, base.DistantImage)
+    read, _ = desk(near, near)
+    read.differing(0, 9 << 20, Kind.COMPARE)
+    assert {length for _, length in near.reads} == {reader.PIECE}
+    read, _ = desk(near, far)
+    read.differing(0, 9 << 20, Kind.COMPARE)
+    assert far.reads == [(0, 4 << 20), (4 << 20, 4 << 20), (8 << 20, 1 << 20)]
+
+
 def test_beyond_the_references_end_are_zeros_and_not_what_was_there_before() -> None:
     """The buffer's old contents must not stand in for what the reference does not have."""
     live, reference = disk(7, 0, 7, 0), disk(7, 7)

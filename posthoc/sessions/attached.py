@@ -222,7 +222,7 @@ class Session:
 
     async def _scan_file(self, disk: examined.Disk) -> scan.Scan:
         """Read the disk's raw file beside QEMU: what it holds is what was written, bit for bit."""
-        image = await trio.to_thread.run_sync(examined.open_beside, disk)
+        image = await trio.to_thread.run_sync(examined.open_beside, disk, self.monitor)
         try:
             return await self._scan(disk, image)
         finally:

@@ -12,9 +12,9 @@ from typing import Literal
 import trio
 
 from dirtymap import errors, images, units
-from dirtymap.images import base, file
+from dirtymap.images import base
 from dirtymap.qcow2 import carrier
-from posthoc.qemu import attachment, leftovers, place, qmp, survey, virsh
+from posthoc.qemu import attachment, leftovers, opened, place, qmp, survey, virsh
 from scanner import scan
 
 # block-export-add, and bitmaps of other nodes in a merge.
@@ -89,14 +89,11 @@ async def examine(
         target = _target(number, wish, node, request, left)
         carrier.layout(node.size, target.granularity)  # what no carrier can hold is said now
         await _check_reading(monitor, node, request)
-        if os.path.isabs(node.filename) and images.same_file(node.filename, wish.reference):
-            raise errors.UserError(
-                f"{wish.reference} is the file of {node.name} itself: nothing can be compared"
-            )
         reference = await trio.to_thread.run_sync(
             lambda wish=wish: images.open_reference(wish.reference, options=request.options)  # type: ignore[misc]
         )
         stack.callback(reference.close)
+        _check_apart(monitor, node, wish, reference)
         notes = [*_size_notes(node, reference, request), *_notes(target, node, tops)]
         on_top = node.name in tops
         disks.append(Disk(target, node, reference, tuple(notes), on_top, left))
@@ -180,7 +177,7 @@ def _target(
 async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Request) -> None:
     """Refuse where the way of reading is impossible or a danger to the VM."""
     if request.reference_side_only:
-        _check_beside(node)
+        opened.open_raw(node, monitor.peer).close()
     elif not request.accept_iothread_risk and await survey.iothread_danger(monitor, node.name):
         raise errors.UserError(
             f"{node.name}: QEMU {monitor.version} aborts the VM when a reader of a disk in an iothread goes "
@@ -190,40 +187,30 @@ async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Reque
         )
 
 
-def _check_beside(node: survey.Node) -> None:
-    if node.driver not in ("raw", "file", "host_device"):
+def _check_apart(
+    monitor: qmp.Monitor, node: survey.Node, wish: Wish, reference: base.Image
+) -> None:
+    """Refuse a reference that QEMU writes: the disk compared with itself would be clean."""
+    try:
+        written = opened.writes(monitor.peer, reference)
+    except errors.UserError:
+        # What QEMU has open cannot be seen: its names for it are left, and its locks on it.
+        written = os.path.isabs(node.filename) and images.same_file(node.filename, wish.reference)
+    if written:
         raise errors.UserError(
-            f"{node.name} is {node.driver}: only a raw disk can be read beside its QEMU"
+            f"{wish.reference} is a file that QEMU has open for writing: a reference stays as it is"
         )
-    with contextlib.closing(_open_raw(node)) as image:
-        if carrier.virtual_size(image.size) != node.size:
-            raise errors.UserError(
-                f"{node.name} is not the whole of {node.filename} (an offset or a size is set): it "
-                "cannot be read beside its QEMU"
-            )
 
 
-def open_beside(disk: Disk) -> base.Image:
+def open_beside(disk: Disk, monitor: qmp.Monitor) -> base.Image:
     """Open the raw file of a disk for reading while QEMU has it and records. The caller closes it."""
-    image = _open_raw(disk.node)
+    image = opened.open_raw(disk.node, monitor.peer)
     if disk.node.direct:
         # A direct write drops the page that caches what it changes, but not where that page is in use
         # (mm/filemap.c, kiocb_invalidate_post_direct_write). What was cached so before the recording began
         # would be compared in the disk's place.
         os.posix_fadvise(image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return image
-
-
-def _open_raw(node: survey.Node) -> file.FileImage:
-    """Without QEMU's locks, which would refuse: that QEMU writes is known, and recorded."""
-    try:
-        descriptor = os.open(node.filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise errors.ImageError(
-            node.filename, f"cannot be read beside QEMU: {errors.reason(error)}"
-        ) from error
-    size = os.lseek(descriptor, 0, os.SEEK_END)
-    return file.FileImage(node.filename, descriptor, size, writable=False)
 
 
 def _size_notes(node: survey.Node, reference: base.Image, request: Request) -> Sequence[str]:

@@ -292,7 +292,7 @@ def test_disk_s_own_file_is_no_reference(tmp_path: pathlib.Path) -> None:
     link.symlink_to(disks.live.path)
     itself = attaching.Pair(disks.live, link)
     with running.running(disks.live) as vm:
-        assert "is the file of disk0 itself" in refused(vm, itself)
+        assert "is a file that QEMU has open for writing" in refused(vm, itself)
 
 
 def test_qcow2_is_not_read_beside_its_qemu(tmp_path: pathlib.Path) -> None:

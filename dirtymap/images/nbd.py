@@ -59,6 +59,15 @@ class SlowError(LostError):
     """The connection was given up because the caller's deadline has passed."""
 
 
+def part(handle: Any) -> None:
+    """Part from the server politely where it listens; never waits for it."""
+    try:
+        if handle.aio_is_ready():
+            handle.aio_disconnect()
+    except libnbd.Error:
+        pass  # it has gone first
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server is and how to speak to it."""
@@ -68,6 +77,8 @@ class Address:
     tls_psk: str | None = None
     tls_user: str | None = None
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    part: Callable[[Any], None] = field(default=part, compare=False)
+    """What is done with the handle of a connection that is closed or given up."""
 
     @classmethod
     def of(cls, uri: str, options: images.Options, *contexts: str) -> Address:
@@ -135,6 +146,7 @@ class Connection:
         """Connect and shake hands within `patience` (CONNECT_PATIENCE) seconds; raises LostError."""
         patience = CONNECT_PATIENCE if patience is None else patience
         self._handle: Any = libnbd.NBD()
+        self._part = address.part
         try:
             self._configure(address)
             self._handle.aio_connect_uri(address.uri)
@@ -326,15 +338,10 @@ class Connection:
         return handle is None or bool(handle.aio_is_dead() or handle.aio_is_closed())
 
     def close(self) -> None:
-        """Part from the server politely where it listens; never waits for it."""
+        """Ask nothing more of the connection, and part from the server as its address says."""
         handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        try:
-            if handle.aio_is_ready():
-                handle.aio_disconnect()
-        except libnbd.Error:
-            pass  # it has gone first
+        if handle is not None:
+            self._part(handle)
 
 
 def _pieces(start: int, length: int, longest: int) -> Iterator[tuple[int, int]]:

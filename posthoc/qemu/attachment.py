@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +101,15 @@ class Attachment:
         """Stop the NBD server."""
         await self.undo.take(self.monitor, "stop the NBD server")
 
-    async def export(self, target: Target, bitmaps: Sequence[str] = ()) -> None:
-        """Export the node of `target` read-only; unexport() before closing what reads it."""
+    async def export(
+        self, target: Target, bitmaps: Sequence[str], hang_up: Callable[[], None]
+    ) -> None:
+        """Export the node of `target` read-only. `hang_up` is called to close the clients' ends."""
         name = self.export_name(target)
-        self.undo.plan(f"remove export {name}", functools.partial(remove_export, name=name))
+        self.undo.plan(
+            f"remove export {name}",
+            functools.partial(remove_export, name=name, hang_up=hang_up),
+        )
         arguments: dict[str, Any] = {"type": "nbd", "id": name, "name": name}
         arguments |= {"node-name": target.node, "writable": False}
         if bitmaps:
@@ -112,7 +117,7 @@ class Attachment:
         await self.monitor.execute("block-export-add", arguments)
 
     async def unexport(self, target: Target) -> None:
-        """Take the export away from its clients: they find their sockets closed."""
+        """Take the export away from its clients, which then hang up."""
         await self.undo.take(self.monitor, f"remove export {self.export_name(target)}")
 
     async def open_map(self, target: Target, path: str) -> None:
@@ -211,14 +216,18 @@ async def stop_server(monitor: qmp.Monitor) -> None:
     await _unless_gone(monitor, "nbd-server-stop", {})
 
 
-async def remove_export(monitor: qmp.Monitor, name: str) -> None:
+async def remove_export(
+    monitor: qmp.Monitor, name: str, hang_up: Callable[[], None] = lambda: None
+) -> None:
     """Remove an export if it is there, its clients first, and wait until QEMU has let go of it.
 
     mode=hard closes the connections from QEMU's side: below 9.0 a client that goes by itself takes a VM
-    with an iothread along. An export that is going keeps its bitmaps busy for a moment more.
+    with an iothread along. Then the clients hang up: where QEMU was sending to one that does not listen any
+    more, its export waits for that (7.2). An export that is going keeps its bitmaps busy for a moment more.
     """
     with monitor.listen("BLOCK_EXPORT_DELETED") as deleted:
         await _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
+        hang_up()
         while name in await survey.exports(monitor):
             await deleted.wait(_PAUSE)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 import trio
 
@@ -36,6 +37,8 @@ class Source:
         self._running = running
         self._connections = connections
         self._reader: export.NbdImage | None = None
+        # Connections that are done with, whose ends stay open until QEMU has closed its own.
+        self._parked: list[Any] = []
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -62,19 +65,17 @@ class Source:
     ) -> AsyncIterator[export.NbdImage]:
         """Export a disk, with the frozen bitmap `copy` where one is named, and open it.
 
-        The export goes before the reader is closed (attachment.remove_export).
+        No connection is closed, not even one that is given up, before QEMU has closed its end: below 9.0 it
+        would take a VM with an iothread along (attachment.remove_export).
         """
-        await self._qemu.export(target, [copy] if copy else [])
+        await self._qemu.export(target, [copy] if copy else [], self.hang_up)
         contexts = (nbd.BASE_ALLOCATION, *([_context(copy)] if copy else []))
-        address = nbd.Address(self._uri(self._qemu.export_name(target)), contexts=contexts)
+        uri = self._uri(self._qemu.export_name(target))
+        address = nbd.Address(uri, contexts=contexts, part=self._parked.append)
         try:
             yield await trio.to_thread.run_sync(self._open, target.node, address)
         finally:
-            try:
-                await self._qemu.unexport(target)
-            finally:
-                self.close_reader()
-                self._reader = None
+            await self._qemu.unexport(target)
 
     def _uri(self, name: str) -> str:
         where = self._running or self._socket
@@ -88,9 +89,16 @@ class Source:
         return self._reader
 
     def close_reader(self) -> None:
-        """End the reader and whatever waits for it."""
+        """End the reader and whatever waits for it; its connections stay."""
         if self._reader is not None:
             self._reader.close()
+
+    def hang_up(self) -> None:
+        """Close all connections: QEMU has closed its ends, or is out of reach for good."""
+        self.close_reader()
+        self._reader = None
+        while self._parked:
+            nbd.part(self._parked.pop())
 
 
 def read_bitmap(image: export.NbdImage, name: str, found: bitmap.Bitmap) -> None:

@@ -96,9 +96,10 @@ async def attach(
             disks = await examined.examine(monitor, request, stack)
             parent = examined.directory(monitor, request)
             where = await stack.enter_async_context(place.made(parent, monitor.peer))
+            session = Session(monitor, request, disks, where, undo, watch)
+            stack.callback(session.source.hang_up)
             # With the stack, hence after this connection is closed: a monitor serves one at a time.
             stack.push_async_callback(_make_up, connect, undo)
-            session = Session(monitor, request, disks, where, undo, watch)
             try:
                 return await _while_there(monitor, session)
             finally:

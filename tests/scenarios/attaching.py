@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import trio
 
@@ -62,11 +63,15 @@ def attach(
     )
 
 
-def attach_here(vm: running.Qemu, disks: Pair) -> None:
-    """The same within this process, which is quicker; raises what the command would tell."""
+def request(vm: running.Qemu, disks: Pair, **options: Any) -> examined.Request:
+    """What `attach` would be asked for, with `options` of the Request's own."""
     wish = examined.Wish(disks.live.node, str(disks.reference), "backup0")
-    request = examined.Request((wish,), directory=str(private(vm)))
-    trio.run(attached.attach, lambda: qmp.connect(vm.qmp), request)
+    return examined.Request((wish,), **{"directory": str(private(vm)), **options})
+
+
+def attach_here(vm: running.Qemu, disks: Pair, **options: Any) -> None:
+    """The same within this process, which is quicker; raises what the command would tell."""
+    trio.run(attached.attach, lambda: qmp.connect(vm.qmp), request(vm, disks, **options))
 
 
 def private(vm: running.Qemu) -> pathlib.Path:

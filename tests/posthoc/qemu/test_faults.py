@@ -71,12 +71,13 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def bench(folder: pathlib.Path) -> AsyncIterator[Bench]:
+async def bench(folder: pathlib.Path, *, iothread: bool = False) -> AsyncIterator[Bench]:
     live, reference = folder / "live.raw", folder / "reference.raw"
     qemu.create(live, SIZE)
     qemu.create(reference, SIZE)
     qemu.io(live, "write -P 1 1M 64k")
-    with running.running(running.Disk("disk0", live)) as vm:
+    disk = running.Disk("disk0", live)
+    with running.running(disk, system=iothread, iothread=iothread) as vm:
         async with proxy.standing_before(str(vm.folder / "proxy"), vm.qmp) as monitor:
             yield Bench(vm, monitor, reference)
 
@@ -132,6 +133,23 @@ async def test_fault_at_each_command_leaves_qemu_as_it_was(
         assert number > 20
         assert error is None
         assert here.vm.bitmaps("disk0").keys() == {"backup0"}
+
+
+@pytest.mark.parametrize("fault", [hang_up_before, hang_up_after])
+async def test_monitor_lost_does_not_take_a_vm_with_an_iothread_along(
+    tmp_path: pathlib.Path, fault: Callable[[proxy.Message, Forward], Awaitable[Any]]
+) -> None:
+    """The reader's connections stay until the export was removed, through whichever monitor."""
+    async with bench(tmp_path, iothread=True) as here:
+        here.request = dataclasses.replace(here.request, accept_iothread_risk=True)
+        before = here.vm.state()
+        for number in itertools.count():
+            here.break_at(number, fault)
+            await here.fails()
+            if not here.monitor.fired:
+                break
+            assert here.vm.state() == before, (number, here.last)
+        assert number > 20
 
 
 async def test_odd_answers_are_told_or_do_not_matter(tmp_path: pathlib.Path) -> None:

@@ -7,7 +7,6 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -130,9 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             if shown is not None:
                 shown(now)
 
-        outcomes = trio.run(_interruptible, _connector(arguments), wanted, watch)
-    if wanted.checkpoint:
-        trio.run(_register_checkpoint, arguments, wanted)
+        outcomes = trio.run(_interruptible, arguments, wanted, watch)
     facts = [_facts(wish, outcome) for wish, outcome in zip(wanted.wishes, outcomes, strict=True)]
     if arguments.json:
         sys.stdout.write(report.as_json({"disks": facts}))
@@ -203,15 +200,19 @@ def _connector(arguments: argparse.Namespace) -> attached.Connect:
 
 
 async def _interruptible(
-    connect: attached.Connect, request: examined.Request, watch: attached.Watch
+    arguments: argparse.Namespace, request: examined.Request, watch: attached.Watch
 ) -> list[attached.Outcome]:
     """Attach; a signal ends it in order."""
-    outcomes: list[attached.Outcome] = []
+    interrupt = trio.CancelScope()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_cancel_on_signal, nursery.cancel_scope.cancel)
-        outcomes += await attached.attach(connect, request, watch=watch)
+        # Outside of what it cancels: while that is ending, a signal must not meet Python's own handlers.
+        await nursery.start(_cancel_on_signal, interrupt)
+        with interrupt:
+            outcomes = await attached.attach(_connector(arguments), request, watch=watch)
+        if request.checkpoint and not interrupt.cancelled_caught:
+            await _register_checkpoint(arguments, request)
         nursery.cancel_scope.cancel()
-    if not outcomes:
+    if interrupt.cancelled_caught:
         kept = "with a bitmap of all ones" if request.keep_on_failure else "as it was found"
         log.warning("interrupted: QEMU is left %s", kept)
         raise KeyboardInterrupt
@@ -219,12 +220,15 @@ async def _interruptible(
 
 
 async def _cancel_on_signal(
-    cancel: Callable[[], None], *, task_status: trio.TaskStatus[None]
+    interrupt: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
+    """Cancel at the first signal; what is taken back then is not to be cut short by a second."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         task_status.started()
         async for _ in signals:
-            cancel()
+            if interrupt.cancel_called:
+                log.warning("ending already: what was added to QEMU is being taken back")
+            interrupt.cancel()
 
 
 async def _register_checkpoint(arguments: argparse.Namespace, request: examined.Request) -> None:

@@ -119,6 +119,8 @@ class Domain:
                 capture_stdout=True,
                 capture_stderr=True,
                 check=False,
+                # The terminal's Ctrl-C is for us, who may have to wait for what is under way.
+                process_group=0,
                 env={**os.environ, "LC_ALL": "C"},
             )
         except OSError as error:

@@ -91,18 +91,29 @@ def missed(disks: Pair, dirty: set[int]) -> set[int]:
     return oracle.differing(disks.live.path, disks.reference, GRANULARITY) - dirty
 
 
-# Sends a signal when posthoc logs a step as done: to itself, or to QEMU.
+# Sends a signal when posthoc logs a step as done: to itself, or to QEMU. If asked, once more whenever
+# something is taken back from QEMU.
 _HOOK = """
 import logging, os, sys
 from posthoc import cli
+from posthoc.qemu import attachment
 
-step, number, process, *arguments = sys.argv[1:]
+step, number, process, again, *arguments = sys.argv[1:]
 
 def look(record):
     if record.getMessage() == step:
         os.kill(int(process) or os.getpid(), int(number))
     return record.levelno > logging.DEBUG
 
+def signalling(step_back):
+    async def step(*words, **more):
+        os.kill(int(process) or os.getpid(), int(number))
+        await step_back(*words, **more)
+    return step
+
+if again == "True":
+    for name in ("remove_bitmap", "remove_export", "stop_server"):
+        setattr(attachment, name, signalling(getattr(attachment, name)))
 logger = logging.getLogger("posthoc.sessions.attached")
 logger.setLevel(logging.DEBUG)
 logger.addFilter(look)
@@ -117,13 +128,14 @@ def attach_with_signal_at(
     disks: Pair,
     *options: str,
     to_qemu: bool = False,
+    again: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `posthoc attach` and send a signal when `step` is done."""
+    """Run `posthoc attach` and send a signal when `step` is done, and `again` at all steps back."""
     process = vm.pid if to_qemu else 0
     words = ["attach", "--qmp", vm.qmp, "--node", disks.live.node, "--bitmap", "backup0"]
     words += ["--directory", str(private(vm)), *options, str(disks.reference)]
     return subprocess.run(
-        [sys.executable, "-c", _HOOK, step, str(int(number)), str(process), *words],
+        [sys.executable, "-c", _HOOK, step, str(int(number)), str(process), str(again), *words],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -174,6 +174,23 @@ def test_interrupted_attach_leaves_qemu_as_it_was(
         assert list(attaching.private(vm).iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_further_signals_do_not_break_the_clean_up(
+    tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
+    """Ctrl-C once more, at each step back, is told and changes nothing."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live) as vm:
+        before = vm.state()
+        result = attaching.attach_with_signal_at("exported", number, vm, disks, again=True)
+        assert result.returncode == 130, result.stderr
+        told, last = set(result.stderr.splitlines()[:-1]), result.stderr.splitlines()[-1]
+        assert told == {"posthoc: ending already: what was added to QEMU is being taken back"}
+        assert last == "posthoc: interrupted: QEMU is left as it was found"
+        assert vm.state() == before
+        assert list(attaching.private(vm).iterdir()) == []
+
+
 def test_bitmap_kept_on_failure_has_every_bit(tmp_path: pathlib.Path) -> None:
     """With --keep-on-failure what is left is valid, and said to be all ones."""
     disks = attaching.pair(tmp_path, "qcow2")

@@ -174,6 +174,40 @@ def test_killed_posthoc_is_cleaned_up_after(
     assert private_folders(domain) == []
 
 
+def test_ctrl_c_does_not_reach_virsh(
+    domain: libvirtd.Domain,
+    disks: tuple[attaching.Pair, attaching.Pair],
+    tmp_path: pathlib.Path,
+) -> None:
+    """A terminal's Ctrl-C goes to the whole process group: what virsh takes back is not cut short."""
+    _, vdb = disks
+    virsh = tmp_path / "virsh"
+    again = 'case "$*" in *block-export-del*) kill -INT -- -$PPID;; esac'
+    virsh.write_text(f'#!/bin/bash\n{again}\nexec virsh "$@"\n')
+    virsh.chmod(0o755)
+    words = command.words(
+        *("attach", "--connect", domain.libvirt.uri, "--domain", domain.name),
+        *("--target", "vdb", "--rate", "1M", vdb.reference),
+    )
+    with subprocess.Popen(
+        words,
+        env=command.environment({"POSTHOC_VIRSH": str(virsh)}),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        wait.until(
+            lambda: [name for name in posthoc_names(domain) if "-live-" in name], "the export"
+        )
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=command.TIMEOUT)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "posthoc: interrupted: QEMU is left as it was found"
+    assert posthoc_names(domain) == []
+    assert private_folders(domain) == []
+
+
 def test_qemu_killed_is_one_clear_line(
     domain: libvirtd.Domain, disks: tuple[attaching.Pair, attaching.Pair]
 ) -> None:

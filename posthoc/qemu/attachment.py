@@ -6,7 +6,9 @@ Names are recognisable, so that the next session finds what a killed one has lef
     posthoc-TOKEN-live-N         the export of disk N
     posthoc-TOKEN-map-N          the node over the carrier of disk N
     posthoc-TOKEN-for-BITMAP     the recording bitmap, which becomes BITMAP at the end
-    posthoc-TOKEN-copy           a frozen copy of a bitmap, for reading it
+    posthoc-TOKEN-written        what that had when BITMAP took it over, frozen
+    posthoc-TOKEN-copy           BITMAP, frozen: a recording one cannot be read
+    posthoc-TOKEN-union          the copy and all that was merged into it
 
 Node names have 31 characters at most, bitmap names 1023.
 """
@@ -22,12 +24,14 @@ from typing import Any
 from posthoc.qemu import qmp, survey
 from posthoc.qemu import undo as ways_back
 
-NAME = re.compile(r"posthoc-([0-9a-f]{8})-(live-\d+|map-\d+|for-.*|copy)", re.DOTALL)
+NAME = re.compile(r"posthoc-([0-9a-f]{8})-(live-\d+|map-\d+|for-.*|written|copy|union)", re.DOTALL)
 LONGEST_BITMAP_NAME = 1023 - len("posthoc-01234567-for-")
 # Between two looks at the exports where no event comes (libvirt's monitor).
 _PAUSE = 0.05
 
 Action = dict[str, Any]
+# A bitmap to merge: of the same node, or of another.
+Source = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,7 @@ class Attachment:
     async def record(self, targets: Sequence[Target]) -> None:
         """Begin to record the writes to all disks at one instant."""
         for target in targets:
-            name = self.recording(target)
-            self.undo.plan(
-                f"remove bitmap {name} of {target.node}",
-                functools.partial(remove_bitmap, node=target.node, name=name),
-            )
+            self._plan_removal(target, self.recording(target))
         await self._transaction(
             _add(target, self.recording(target), persistent=False) for target in targets
         )
@@ -78,9 +78,7 @@ class Attachment:
     async def stop_recording(self, targets: Sequence[Target]) -> None:
         """Remove the recording bitmaps."""
         for target in targets:
-            await self.undo.take(
-                self.monitor, f"remove bitmap {self.recording(target)} of {target.node}"
-            )
+            await self.undo.take(self.monitor, _removal(target, self.recording(target)))
 
     async def serve(self, socket: str) -> None:
         """Start QEMU's NBD server on a unix socket; CommandError when it runs for somebody else.
@@ -136,24 +134,20 @@ class Attachment:
         """Make the bitmaps that were asked for, in one transaction: all of them or none.
 
         Each begins to record and then gets what the recording bitmap and the carrier's bitmap `carried`
-        have: at no moment does a bitmap of that name lack a bit. An inconsistent one that is replaced is
-        removed at the last moment, and is not put back: it was worth nothing.
+        have: at no moment does a bitmap of that name lack a bit. What it has of the former at least is frozen
+        for the verification. An inconsistent one that is replaced is removed at the last moment, and is
+        not put back: it was worth nothing.
         """
         actions: list[Action] = []
         for target in targets:
             if target.replaces:
                 # Not in the transaction: there the name would stay taken until its end.
                 await remove_bitmap(self.monitor, target.node, target.bitmap)
+            actions += self._freeze(target, "written", [self.recording(target)])
             if not target.exists:
                 actions.append(_add(target, target.bitmap, persistent=target.persistent))
-                self.undo.plan(
-                    f"remove bitmap {target.bitmap} of {target.node}",
-                    functools.partial(remove_bitmap, node=target.node, name=target.bitmap),
-                )
-            sources: list[str | Mapping[str, str]] = [
-                self.recording(target),
-                {"node": self.map_node(target), "name": carried},
-            ]
+                self._plan_removal(target, target.bitmap)
+            sources: list[Source] = [self.recording(target), self._map(target, carried)]
             actions.append(_merge(target.node, target.bitmap, sources))
         try:
             await self._transaction(actions)
@@ -166,23 +160,45 @@ class Attachment:
         """Leave the bitmaps that publish() made where they are."""
         for target in targets:
             if not target.exists:
-                self.undo.forget(f"remove bitmap {target.bitmap} of {target.node}")
+                self.undo.forget(_removal(target, target.bitmap))
+
+    def written(self, target: Target) -> str:
+        """The name of what was written, by its recording bitmap, until the bitmap of `target` was made."""
+        return self._frozen_name("written")
 
     async def copy(self, target: Target) -> str:
         """Make a frozen copy of the bitmap of `target` and return its name: a recording one cannot be read."""
-        name = f"{self._prefix}copy"
-        self.undo.plan(
-            f"remove bitmap {name} of {target.node}",
-            functools.partial(remove_bitmap, node=target.node, name=name),
-        )
+        await self._transaction(self._freeze(target, "copy", [target.bitmap]))
+        return self._frozen_name("copy")
+
+    async def union(self, target: Target, carried: str) -> str:
+        """Make a bitmap of that copy and all that publish() merged, and return its name."""
+        copy, written = self._frozen_name("copy"), self.written(target)
+        sources: list[Source] = [copy, written, self._map(target, carried)]
+        await self._transaction(self._freeze(target, "union", sources))
+        return self._frozen_name("union")
+
+    async def remove_frozen(self, target: Target) -> None:
+        """Remove what publish(), copy() and union() have frozen."""
+        for name in map(self._frozen_name, ("union", "copy", "written")):
+            await self.undo.take(self.monitor, _removal(target, name))
+
+    def _frozen_name(self, kind: str) -> str:
+        return f"{self._prefix}{kind}"
+
+    def _map(self, target: Target, carried: str) -> Mapping[str, str]:
+        return {"node": self.map_node(target), "name": carried}
+
+    def _freeze(self, target: Target, kind: str, sources: Sequence[Source]) -> list[Action]:
+        name = self._frozen_name(kind)
+        self._plan_removal(target, name)
         add = _add(target, name, persistent=False)
         add["data"]["disabled"] = True
-        await self._transaction([add, _merge(target.node, name, [target.bitmap])])
-        return name
+        return [add, _merge(target.node, name, sources)]
 
-    async def remove_copy(self, target: Target) -> None:
-        """Remove the frozen copy."""
-        await self.undo.take(self.monitor, f"remove bitmap {self._prefix}copy of {target.node}")
+    def _plan_removal(self, target: Target, name: str) -> None:
+        step = functools.partial(remove_bitmap, node=target.node, name=name)
+        self.undo.plan(_removal(target, name), step)
 
     async def _transaction(self, actions: Iterable[Action]) -> None:
         await self.monitor.execute("transaction", {"actions": list(actions)})
@@ -193,7 +209,11 @@ def _add(target: Target, name: str, *, persistent: bool) -> Action:
     return {"type": "block-dirty-bitmap-add", "data": {**data, "persistent": persistent}}
 
 
-def _merge(node: str, name: str, sources: Sequence[str | Mapping[str, str]]) -> Action:
+def _removal(target: Target, name: str) -> str:
+    return f"remove bitmap {name} of {target.node}"
+
+
+def _merge(node: str, name: str, sources: Sequence[Source]) -> Action:
     data = {"node": node, "target": name, "bitmaps": list(sources)}
     return {"type": "block-dirty-bitmap-merge", "data": data}
 

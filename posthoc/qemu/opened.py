@@ -126,6 +126,6 @@ def _path_of(node: survey.Node, peer: qmp.Peer | None) -> str:
             if opened.identity == meant:
                 return opened.path
     raise errors.UserError(
-        f"{node.name}: {node.filename} is not a file that QEMU has open (it was renamed or replaced "
-        "meanwhile): it cannot be read beside its QEMU"
+        f"{node.name}: {node.filename} is not a file that QEMU has open (process {peer.pid}): it was "
+        "renamed or replaced, or another program stands before QEMU's monitor"
     )

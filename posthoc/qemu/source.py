@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import trio
@@ -61,15 +61,15 @@ class Source:
 
     @contextlib.asynccontextmanager
     async def exported(
-        self, target: attachment.Target, copy: str | None = None
+        self, target: attachment.Target, frozen: Sequence[str] = ()
     ) -> AsyncIterator[export.NbdImage]:
-        """Export a disk, with the frozen bitmap `copy` where one is named, and open it.
+        """Export a disk, with `frozen` bitmaps of it, and open it.
 
         No connection is closed, not even one that is given up, before QEMU has closed its end: below 9.0 it
         would take a VM with an iothread along (attachment.remove_export).
         """
-        await self._qemu.export(target, [copy] if copy else [], self.hang_up)
-        contexts = (nbd.BASE_ALLOCATION, *([_context(copy)] if copy else []))
+        await self._qemu.export(target, frozen, self.hang_up)
+        contexts = (nbd.BASE_ALLOCATION, *map(_context, frozen))
         uri = self._uri(self._qemu.export_name(target))
         address = nbd.Address(uri, contexts=contexts, part=self._parked.append)
         try:

@@ -48,6 +48,11 @@ class Node:
         """Return the bitmap of that name."""
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
+    def count(self, name: str) -> int:
+        """Return how many bytes the bitmap of that name covers; 0 where there is none."""
+        found = self.bitmap(name)
+        return 0 if found is None else found.count
+
 
 async def nodes(monitor: qmp.Monitor) -> dict[str, Node]:
     """Return every named node by name."""

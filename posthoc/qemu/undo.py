@@ -39,7 +39,9 @@ class Undo:
         del self._steps[name]
 
     async def take(self, monitor: qmp.Monitor, name: str) -> None:
-        """Take the step of that name now; a cancel waits for it. Raises what the step raises."""
+        """Take the step of that name now, if it is planned; a cancel waits for it. Raises what it raises."""
+        if name not in self._steps:
+            return
         with trio.move_on_after(TIME_LIMIT, shield=True) as scope:
             await self._steps[name](monitor)
             # Only now: a step that failed is tried again at the end.

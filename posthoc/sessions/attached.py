@@ -9,7 +9,8 @@ THE ORDER, which is the argument for "never too clean" (held in `Session.run`, n
     4  close      the export goes, clients first, then the reader
     5  publish    one transaction: the bitmap that was asked for begins to record, *then* gets the
                   recording bitmap's bits and the map's
-    6  verify     a frozen copy of it is read back and must have every bit of the map
+    6  verify     a frozen copy of it is read back and must have every bit of the map, and of the recording
+                  bitmap as 5 found it
 
 A segment that differs from the reference at any time after 5 was written before 1 was done, or after.
 Written after: QEMU sets the bit when a write or discard completes, hence in the recording bitmap of 1, or,
@@ -60,9 +61,9 @@ STEPS = (
     "written",
     "opened",
     "published",
-    "closed",
     "verifying",
     "verified",
+    "closed",
     "ended",
 )
 # The bitmap's name within a carrier.
@@ -189,6 +190,7 @@ class Session:
             maps = [scanned.decisions.map() for scanned in scans]
             await self._publish(maps)
             held = await self._verify_all(maps)
+            await self._close_maps()
             await self._look_for_snapshots()
         except BaseException:
             if recorded and self.request.keep_on_failure:
@@ -270,44 +272,45 @@ class Session:
         _done("opened")
         await self.qemu.publish(self.targets, _CARRIED)
         _done("published")
+
+    async def _close_maps(self) -> None:
         for target in self.targets:
+            await self.qemu.remove_frozen(target)
             await self.qemu.close_map(target)
         _done("closed")
 
     # 6
 
     async def _verify_all(self, maps: Sequence[bitmap.Bitmap]) -> list[int]:
-        """Return how many bytes each bitmap covers; UserError if one lacks a bit of its map."""
+        """Return how many bytes each bitmap covers; UserError if one lacks a bit that was merged into it."""
+        pairs = list(zip(self.targets, maps, strict=True))
         if self.request.reference_side_only:
-            return await self._count_all(maps)
-        held = []
+            return [await self._count(target, dirty) for target, dirty in pairs]
         async with self.source.serving():
-            for target, dirty in zip(self.targets, maps, strict=True):
-                found = await self._read_back(target, dirty)
-                if np.any(dirty.data & ~found.data):
-                    raise _lacking(target)
-                held.append(found.dirty_bytes())
-                _done("verified")
-        return held
+            return [await self._read_back(target, dirty) for target, dirty in pairs]
 
-    async def _read_back(self, target: attachment.Target, dirty: bitmap.Bitmap) -> bitmap.Bitmap:
-        copy = await self.qemu.copy(target)
-        found = bitmap.Bitmap(dirty.size, dirty.granularity)
-        async with self.source.exported(target, copy) as image:
+    async def _read_back(self, target: attachment.Target, dirty: bitmap.Bitmap) -> int:
+        names = [await self.qemu.copy(target), self.qemu.written(target)]
+        found, written = (bitmap.Bitmap(dirty.size, dirty.granularity) for _ in names)
+        async with self.source.exported(target, names) as image:
             _done("verifying")
-            await trio.to_thread.run_sync(source.read_bitmap, image, copy, found)
-        await self.qemu.remove_copy(target)
-        return found
+            for name, into in zip(names, (found, written), strict=True):
+                await trio.to_thread.run_sync(source.read_bitmap, image, name, into)
+        if np.any((dirty.data | written.data) & ~found.data):
+            raise _lacking(target)
+        _done("verified")
+        return found.dirty_bytes()
 
-    async def _count_all(self, maps: Sequence[bitmap.Bitmap]) -> list[int]:
-        """Without a client QEMU's counts are what can be had: necessary, if not sufficient."""
+    async def _count(self, target: attachment.Target, dirty: bitmap.Bitmap) -> int:
+        """Without a client QEMU counts: merged once more into the copy, nothing may be added to it."""
+        copy, union = await self.qemu.copy(target), await self.qemu.union(target, _CARRIED)
+        _done("verifying")
         nodes = await survey.nodes(self.monitor)
-        held = []
-        for target, dirty in zip(self.targets, maps, strict=True):
-            found = nodes[target.node].bitmap(target.bitmap)
-            if found is None or found.count < dirty.dirty_bytes():
-                raise _lacking(target)
-            held.append(found.count)
+        carried = nodes[self.qemu.map_node(target)].count(_CARRIED)
+        held, all_of_it = (nodes[target.node].count(name) for name in (copy, union))
+        if carried < dirty.dirty_bytes() or held != all_of_it:
+            raise _lacking(target)
+        _done("verified")
         return held
 
     async def _look_for_snapshots(self) -> None:
@@ -339,6 +342,7 @@ class Session:
                         maps[-1].fill()
                 self.targets = fresh
                 await self._publish(maps)
+                await self._close_maps()
                 self.qemu.keep(fresh)
                 names = ", ".join(f"{target.bitmap} of {target.node}" for target in fresh)
                 log.warning("kept, with every bit set: %s", names)

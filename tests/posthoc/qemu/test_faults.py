@@ -41,8 +41,15 @@ class Bench:
     async def attach(self, path: str | None = None) -> list[attached.Outcome]:
         with trio.fail_after(60):
             return await attached.attach(
-                lambda: qmp.connect(path or self.monitor.path), self.request
+                lambda: self.connect(path or self.monitor.path), self.request
             )
+
+    @contextlib.asynccontextmanager
+    async def connect(self, path: str) -> AsyncIterator[qmp.Monitor]:
+        """Connect, with QEMU for the peer and not what stands before it."""
+        async with qmp.connect(path) as monitor:
+            monitor._peer = qmp.process_owner(self.vm.pid)
+            yield monitor
 
     def forget(self) -> None:
         """Remove the result, for the next run."""
@@ -71,13 +78,15 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def bench(folder: pathlib.Path, *, iothread: bool = False) -> AsyncIterator[Bench]:
+async def bench(
+    folder: pathlib.Path, *, system: bool = False, iothread: bool = False
+) -> AsyncIterator[Bench]:
     live, reference = folder / "live.raw", folder / "reference.raw"
     qemu.create(live, SIZE)
     qemu.create(reference, SIZE)
     qemu.io(live, "write -P 1 1M 64k")
     disk = running.Disk("disk0", live)
-    with running.running(disk, system=iothread, iothread=iothread) as vm:
+    with running.running(disk, system=system, iothread=iothread) as vm:
         async with proxy.standing_before(str(vm.folder / "proxy"), vm.qmp) as monitor:
             yield Bench(vm, monitor, reference)
 
@@ -140,7 +149,7 @@ async def test_monitor_lost_does_not_take_a_vm_with_an_iothread_along(
     tmp_path: pathlib.Path, fault: Callable[[proxy.Message, Forward], Awaitable[Any]]
 ) -> None:
     """The reader's connections stay until the export was removed, through whichever monitor."""
-    async with bench(tmp_path, iothread=True) as here:
+    async with bench(tmp_path, system=True, iothread=True) as here:
         here.request = dataclasses.replace(here.request, accept_iothread_risk=True)
         before = here.vm.state()
         for number in itertools.count():
@@ -206,29 +215,42 @@ async def test_monitor_lost_for_good_is_made_up_for_by_the_next_attach(
         assert number > 20
 
 
-def forget_the_map(command: proxy.Message) -> None:
+def forget_the_map(source: object) -> bool:
     """Keep the carrier's bitmap out of the merge, as if QEMU had lost it."""
-    for action in command.get("arguments", {}).get("actions", ()):
-        if action["data"].get("target") == "backup0":
-            action["data"]["bitmaps"] = [
-                source for source in action["data"]["bitmaps"] if isinstance(source, str)
-            ]
+    return not isinstance(source, str)
 
 
+def forget_the_writes(source: object) -> bool:
+    """Keep the recording bitmap out of it."""
+    return isinstance(source, str)
+
+
+@pytest.mark.parametrize("forgotten", [forget_the_map, forget_the_writes])
 @pytest.mark.parametrize("beside", [False, True], ids=["read-back", "counted"])
 async def test_bitmap_that_lacks_what_was_merged_is_not_left(
-    tmp_path: pathlib.Path, beside: bool
+    tmp_path: pathlib.Path, beside: bool, forgotten: Callable[[object], bool]
 ) -> None:
-    """The verification can fail: a bitmap without the map's bits is told and removed."""
-    async with bench(tmp_path) as here:
+    """The verification can fail: a bitmap without the map's bits, or the recorded ones, is told and removed."""
+    async with bench(tmp_path, system=True) as here:
         before = here.vm.state()
         here.request = dataclasses.replace(here.request, reference_side_only=beside)
-        here.monitor.change = forget_the_map
+
+        def change(command: proxy.Message) -> None:
+            if command["execute"] == "blockdev-add":
+                # Behind the scan: only the recording bitmap has it.
+                here.vm.write("disk0", 2 << 20, 4096, 7)
+            for action in command.get("arguments", {}).get("actions", ()):
+                if action["data"].get("target") == "backup0":
+                    sources = action["data"]["bitmaps"]
+                    action["data"]["bitmaps"] = [s for s in sources if not forgotten(s)]
+
+        here.monitor.change = change
         error = await here.fails()
         assert "bitmap backup0 of disk0 lacks bits" in str(error)
         assert here.vm.state() == before
         here.monitor.change = None
         await here.attach()
+        assert here.vm.bitmaps("disk0")["backup0"]["count"] == 2 * (64 << 10)
 
 
 async def test_size_changed_meanwhile_is_told(tmp_path: pathlib.Path) -> None:

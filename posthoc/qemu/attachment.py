@@ -5,7 +5,9 @@ Names are recognisable, so that the next session finds what a killed one has lef
 
     posthoc-TOKEN-live-N         the export of disk N
     posthoc-TOKEN-map-N          the node over the carrier of disk N
+    posthoc-TOKEN-at-FOLDER      an empty bitmap that tells the session's private folder
     posthoc-TOKEN-for-BITMAP     the recording bitmap, which becomes BITMAP at the end
+    posthoc-TOKEN-into-BITMAP    the same where BITMAP is somebody's, and added to
     posthoc-TOKEN-written        what that had when BITMAP took it over, frozen
     posthoc-TOKEN-copy           BITMAP, frozen: a recording one cannot be read
     posthoc-TOKEN-union          the copy and all that was merged into it
@@ -16,16 +18,23 @@ Node names have 31 characters at most, bitmap names 1023.
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib import parse
 
-from posthoc.qemu import qmp, survey
+from dirtymap import units
+from posthoc.qemu import place, qmp, survey
 from posthoc.qemu import undo as ways_back
 
-NAME = re.compile(r"posthoc-([0-9a-f]{8})-(live-\d+|map-\d+|for-.*|written|copy|union)", re.DOTALL)
-LONGEST_BITMAP_NAME = 1023 - len("posthoc-01234567-for-")
+NAME = re.compile(
+    r"posthoc-([0-9a-f]{8})-(live-\d+|map-\d+|at-.*|for-.*|into-.*|written|copy|union)", re.DOTALL
+)
+_SIGN = re.compile(r"posthoc-([0-9a-f]{8})-at-(/.*/posthoc-attach-\1)")
+LONGEST_BITMAP_NAME = 1023 - len("posthoc-01234567-into-")
 # Between two looks at the exports where no event comes (libvirt's monitor).
 _PAUSE = 0.05
 
@@ -44,20 +53,23 @@ class Target:
     granularity: int
     persistent: bool
     exists: bool = False  # merged into, not made
+    begun: bool = False  # it exists since a session that was killed has made it
     replaces: bool = False  # an inconsistent one of the same name, which is removed
 
 
 class Attachment:
     """A session's hold on one QEMU. Every change is planned in `undo` before it is made."""
 
-    def __init__(self, monitor: qmp.Monitor, token: str, undo: ways_back.Undo) -> None:
+    def __init__(self, monitor: qmp.Monitor, where: place.Place, undo: ways_back.Undo) -> None:
         self.monitor = monitor
         self.undo = undo
-        self._prefix = f"posthoc-{token}-"
+        self._prefix = f"posthoc-{where.token}-"
+        self._sign = f"{self._prefix}at-{parse.quote(os.fsencode(where.folder))}"
 
     def recording(self, target: Target) -> str:
         """The name of the recording bitmap of `target`."""
-        return f"{self._prefix}for-{target.bitmap}"
+        kind = "into" if target.exists and not target.begun else "for"
+        return f"{self._prefix}{kind}-{target.bitmap}"
 
     def export_name(self, target: Target) -> str:
         """The name and id of the export of `target`."""
@@ -69,22 +81,31 @@ class Attachment:
 
     async def record(self, targets: Sequence[Target]) -> None:
         """Begin to record the writes to all disks at one instant."""
-        for target in targets:
-            self._plan_removal(target, self.recording(target))
-        await self._transaction(
-            _add(target, self.recording(target), persistent=False) for target in targets
-        )
+        added = self._recorders(targets)
+        for target, name in added:
+            self._plan_removal(target, name)
+        await self._transaction(_add(target, name, persistent=False) for target, name in added)
 
     async def stop_recording(self, targets: Sequence[Target]) -> None:
-        """Remove the recording bitmaps."""
-        for target in targets:
-            await self.undo.take(self.monitor, _removal(target, self.recording(target)))
+        """Remove what record() has added, all of it or nothing."""
+        added = self._recorders(targets)
+        await self._transaction(
+            {"type": "block-dirty-bitmap-remove", "data": {"node": target.node, "name": name}}
+            for target, name in added
+        )
+        for target, name in added:
+            self.undo.forget(_removal(target, name))
+
+    def _recorders(self, targets: Sequence[Target]) -> list[tuple[Target, str]]:
+        """The recording bitmaps, and the sign by which the next session finds the private folder."""
+        sign = replace(targets[0], granularity=units.LARGEST_GRANULARITY)
+        return [(sign, self._sign), *((target, self.recording(target)) for target in targets)]
 
     async def serve(self, socket: str) -> None:
         """Start QEMU's NBD server on a unix socket; CommandError when it runs for somebody else.
 
-        The recording bitmap is there by now: by its name and the socket's file the next session knows whose
-        the server was (leftovers.remove).
+        The folder is told by a bitmap by now: by the socket's file in it the next session knows whose the
+        server was (leftovers.remove).
         """
         address = {"type": "unix", "data": {"path": socket}}
         self.undo.plan("stop the NBD server", stop_server)
@@ -202,6 +223,12 @@ class Attachment:
 
     async def _transaction(self, actions: Iterable[Action]) -> None:
         await self.monitor.execute("transaction", {"actions": list(actions)})
+
+
+def folder_in(name: str) -> pathlib.Path | None:
+    """Return the private folder that a bitmap of this name tells, if it tells one."""
+    match = _SIGN.fullmatch(name)
+    return pathlib.Path(os.fsdecode(parse.unquote_to_bytes(match[2]))) if match else None
 
 
 def _add(target: Target, name: str, *, persistent: bool) -> Action:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cleaning up after a session that was killed: what it added to QEMU is known by its names.
+"""Cleaning up after a session that was killed: what it added to QEMU is known by its names, its folder too.
 
 What is left of a bitmap under its final name is never half of one (attachment.publish), hence is not touched
 here; that it was on its way is told by its recording bitmap.
@@ -7,6 +7,7 @@ here; that it was on its way is told by its recording bitmap.
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,13 +26,19 @@ class Leftovers:
     bitmaps: tuple[tuple[str, str], ...]
 
     def was_becoming(self, node: str, name: str) -> bool:
-        """Return whether a killed session was making the bitmap `name` of `node`."""
+        """Return whether a killed session was making the bitmap `name` of `node`, not adding to one."""
         return any(
             at == node and left.split("-", 2)[2] == f"for-{name}" for at, left in self.bitmaps
         )
 
+    @property
+    def folders(self) -> list[pathlib.Path]:
+        """The private folders of the killed sessions."""
+        found = (attachment.folder_in(name) for _, name in self.bitmaps)
+        return [folder for folder in found if folder is not None]
 
-async def find(monitor: qmp.Monitor, parent: str | None) -> Leftovers:
+
+async def find(monitor: qmp.Monitor) -> Leftovers:
     """Return what is left of killed sessions; UserError when a living one is at work on this QEMU."""
     exports = await survey.exports(monitor)
     nodes = await survey.nodes(monitor)
@@ -43,7 +50,7 @@ async def find(monitor: qmp.Monitor, parent: str | None) -> Leftovers:
         bitmaps=tuple(pair for pair in bitmaps if attachment.NAME.fullmatch(pair[1])),
     )
     for token in found.tokens:
-        if place.is_alive(parent, token):
+        if place.is_alive(token):
             raise errors.UserError(
                 f"{monitor.name}: another posthoc is attached to this QEMU (session {token})"
             )
@@ -59,12 +66,15 @@ async def remove(monitor: qmp.Monitor, left: Leftovers, parent: str | None) -> N
     """Take away what is left, in the reverse order of its making."""
     for name in left.exports:
         await attachment.remove_export(monitor, name)
-    if any(place.has_socket(parent, token) for token in left.tokens):
+    if any(map(place.has_socket, left.folders)):
         # QEMU removes the socket's file with the server: this one is of such a session and runs. A server
         # whose socket is elsewhere is somebody else's.
         await attachment.stop_server(monitor)
     for name in left.nodes:
         await attachment.remove_node(monitor, name)
+    for folder in left.folders:
+        place.remove(folder)
+    # At last: until then the folder is known by one of them.
     for node, name in left.bitmaps:
         await attachment.remove_bitmap(monitor, node, name)
     place.remove_dead(parent)

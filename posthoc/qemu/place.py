@@ -2,25 +2,29 @@
 """The private folder in which posthoc and QEMU meet: a socket of QEMU's, map files of posthoc's.
 
     PARENT/posthoc-attach-TOKEN/     posthoc's; everybody may pass, nobody else may look or write
-        lock                         locked (flock) as long as the session lives, however it ends
         nbd/s                        the NBD server's socket; the folder is QEMU's, mode 0700
         N.qcow2                      carriers; posthoc's, QEMU's user may read them
 
 QEMU often runs as a user of its own. Its folder is apart from posthoc's files, so that root writes nothing
 where another user could put a link.
+
+A session lives as long as it holds the abstract unix socket (unix(7)) named after its token: that needs no
+folder to look in, and ends with the process, however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
 import pathlib
 import re
 import secrets
 import shutil
+import socket
+import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import trio
@@ -78,18 +82,18 @@ async def made(parent: str | None, qemu: qmp.Peer | None) -> AsyncIterator[Place
         )
     token = secrets.token_hex(4)
     place = Place(where / f"posthoc-attach-{token}", token, qemu)
-    try:
-        place.folder.mkdir(mode=0o711)
-    except OSError as error:
-        raise errors.UserError(f"{where}: {errors.reason(error)}") from error
-    try:
-        with _locked(place.folder):
+    with _living(token):
+        try:
+            place.folder.mkdir(mode=0o711)
+        except OSError as error:
+            raise errors.UserError(f"{where}: {errors.reason(error)}") from error
+        try:
             place.folder.chmod(0o711)  # whatever the umask
             _make_socket_folder(place)
             yield place
-    finally:
-        if not await _is_served(place):
-            shutil.rmtree(place.folder, ignore_errors=True)
+        finally:
+            if not await _is_served(place):
+                remove(place.folder)
 
 
 def has_room(parent: str) -> bool:
@@ -101,13 +105,17 @@ async def _is_served(place: Place) -> bool:
     """Return whether somebody listens on the socket. A QEMU on its way out may do so for a moment yet."""
     with trio.move_on_after(_PATIENCE, shield=True):
         while True:
-            try:
-                stream = await trio.open_unix_socket(place.socket)
-            except OSError:
+            if not _listens(place.folder):
                 return False
-            await stream.aclose()
             await trio.sleep(_PAUSE)
     return True
+
+
+def _listens(folder: pathlib.Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        # EAGAIN: so many wait already (unix(7)).
+        return client.connect_ex(os.fspath(folder / "nbd" / "s")) in (0, errno.EAGAIN)
 
 
 def parent_folder(parent: str | None) -> pathlib.Path:
@@ -121,50 +129,51 @@ def _make_socket_folder(place: Place) -> None:
     place.give_to_qemu(folder)
 
 
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _living(token: str) -> socket.socket:
+    """Hold the sign of life of `token`; OSError while somebody does already."""
+    sign = socket.socket(socket.AF_UNIX)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_alive(parent: str | None, token: str) -> bool:
-    """Return whether the session of `token`, which worked in `parent`, is at work."""
-    lock = parent_folder(parent) / f"posthoc-attach-{token}" / "lock"
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
+        sign.bind(f"\0posthoc-attach-{token}")
     except OSError:
-        return True  # another user's: not ours to say that it is dead
+        sign.close()
+        raise
+    return sign
+
+
+def is_alive(token: str) -> bool:
+    """Return whether the session of `token` is at work."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        _living(token).close()
+    except OSError:
         return True
-    finally:
-        os.close(descriptor)
     return False
 
 
-def has_socket(parent: str | None, token: str) -> bool:
-    """Return whether an NBD server listens, or did until its QEMU was killed, for that session."""
-    return os.path.lexists(parent_folder(parent) / f"posthoc-attach-{token}" / "nbd" / "s")
+def has_socket(folder: pathlib.Path) -> bool:
+    """Return whether an NBD server listens in the private folder, or did until its QEMU was killed."""
+    return os.path.lexists(folder / "nbd" / "s")
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Remove a private folder, if it is one and this user's."""
+    if _FOLDER.fullmatch(folder.name) and _is_ours(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_dead(parent: str | None) -> None:
-    """Remove the private folders of sessions that were killed; those of living ones are locked."""
+    """Remove the private folders of sessions that were killed, of whichever QEMU.
+
+    One in which a server listens stays: by it its QEMU's next session knows whose server that is.
+    """
     for folder in parent_folder(parent).glob("posthoc-attach-*"):
         match = _FOLDER.fullmatch(folder.name)
-        # Without a lock file it is being made, or being removed, at this moment.
-        if match and _is_ours(folder / "lock") and not is_alive(parent, match[1]):
-            shutil.rmtree(folder, ignore_errors=True)
+        if match and not is_alive(match[1]) and not _listens(folder):
+            remove(folder)
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def _is_ours(folder: pathlib.Path) -> bool:
     try:
-        return path.lstat().st_uid == os.geteuid()
+        status = folder.lstat()
     except OSError:
         return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()

@@ -169,7 +169,7 @@ class Session:
         self.disks = disks
         self.targets = [disk.target for disk in disks]
         self.place = where
-        self.qemu = attachment.Attachment(monitor, where.token, undo)
+        self.qemu = attachment.Attachment(monitor, where, undo)
         self.source = source.Source(
             self.qemu, where.socket, request.nbd_server, request.options.connections
         )

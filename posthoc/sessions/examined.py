@@ -77,7 +77,7 @@ async def examine(
             f"{monitor.name} is QEMU {monitor.version}: attach needs {OLDEST.major}.{OLDEST.minor} "
             "(block-export-add)"
         )
-    left = await leftovers.find(monitor, directory(monitor, request))
+    left = await leftovers.find(monitor)
     nodes = await survey.nodes(monitor)
     tops = set((await survey.devices(monitor)).values())
     disks: list[Disk] = []
@@ -161,7 +161,8 @@ def _target(
         return replace(target, replaces=True)
     # A killed session that was making this very bitmap has made it whole or not at all: adding to it
     # what differs now is right.
-    if not request.merge and not left.was_becoming(node.name, wish.bitmap):
+    begun = left.was_becoming(node.name, wish.bitmap)
+    if not request.merge and not begun:
         raise errors.UserError(
             f"{what} exists and is good: --merge adds the difference to it, or name another"
         )
@@ -171,7 +172,7 @@ def _target(
         raise errors.UserError(
             f"{what} does not record: enable it (block-dirty-bitmap-enable) before it is of use"
         )
-    return replace(target, exists=True, persistent=there.persistent)
+    return replace(target, exists=True, begun=begun, persistent=there.persistent)
 
 
 async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Request) -> None:

@@ -137,10 +137,84 @@ def test_posthoc_killed_at_a_step_harms_nothing(tmp_path: pathlib.Path, step: st
                 attaching.attach_here(vm, disks)
         else:
             attaching.attach_here(vm, disks)
+            assert list(attaching.private(vm).iterdir()) == []
         assert attaching.agree(vm, disks)
         assert vm.bitmaps("disk0")["backup0"]["count"] == 5 * attaching.GRANULARITY
         vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
         assert vm.state() == before
+
+
+def test_killed_posthoc_is_cleaned_up_after_wherever_its_folder_was(tmp_path: pathlib.Path) -> None:
+    """The next attach needs no --directory to find the server's socket: QEMU itself knows the folder."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        before = vm.state()
+        attaching.attach_with_signal_at("exported", signal.SIGKILL, vm, disks)
+        (folder,) = attaching.private(vm).iterdir()
+        attaching.attach_here(vm, disks, directory=None)
+        assert not folder.exists()
+        vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
+        assert vm.state() == before
+
+
+def test_attach_to_another_qemu_leaves_a_killed_one_s_server_to_be_found(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Killed on one, attached to another, with the same folder: the first is cleaned up after all the same."""
+    first, second = (attaching.pair(tmp_path, node=name) for name in ("disk0", "disk1"))
+    with running.running(first.live, system=True) as vm, running.running(second.live) as other:
+        attaching.attach_with_signal_at("exported", signal.SIGKILL, vm, first)
+        attaching.attach_here(other, second, directory=str(attaching.private(vm)))
+        attaching.attach_here(vm, first)
+        assert vm.bitmaps("disk0").keys() == {"backup0"}
+        assert list(attaching.private(vm).iterdir()) == []
+
+
+def test_living_session_is_seen_whatever_its_folder(tmp_path: pathlib.Path) -> None:
+    """An attach through another monitor, with another folder, is refused and harms nothing."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "backup0")
+        options = ("--rate", "16M", "--directory", attaching.private(vm))
+        with subprocess.Popen(
+            command.words(*words, *options, disks.reference),
+            env=command.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            wait.until(lambda: vm.client("query-block-exports"), "the export")
+            vm.client.close()
+            other = ("attach", "--qmp", vm.folder / "side", *words[3:-1], "other")
+            result = command.posthoc(*other, disks.reference, status=2)
+            assert "another posthoc is attached to this QEMU" in result.stderr
+            assert process.wait(command.TIMEOUT) == 0
+        vm.client = running.Client(vm.folder / "side")
+        assert vm.bitmaps("disk0").keys() == {"backup0"}
+
+
+def test_good_bitmap_is_refused_though_a_killed_session_merged_into_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Only what a killed session was making is its own to go on with."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        vm.client("block-dirty-bitmap-add", {"node": "disk0", "name": "backup0"})
+        attaching.attach_with_signal_at("scanned", signal.SIGKILL, vm, disks, "--merge")
+        with pytest.raises(errors.UserError, match="exists and is good: --merge"):
+            attaching.attach_here(vm, disks)
+        attaching.attach_here(vm, disks, merge=True)
+        assert vm.bitmaps("disk0").keys() == {"backup0"}
+
+
+def test_bitmap_of_a_session_killed_twice_is_gone_on_with(tmp_path: pathlib.Path) -> None:
+    """Killed when it was made, and killed again when that was being gone on with: the third succeeds."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True) as vm:
+        attaching.attach_with_signal_at("published", signal.SIGKILL, vm, disks)
+        attaching.attach_with_signal_at("scanned", signal.SIGKILL, vm, disks)
+        attaching.attach_here(vm, disks)
+        assert vm.bitmaps("disk0").keys() == {"backup0"}
 
 
 @pytest.mark.parametrize("step", ["recording", "exported", "scanned", "opened", "verifying"])

@@ -206,7 +206,7 @@ async def test_monitor_lost_for_good_is_made_up_for_by_the_next_attach(
             if error is not None:
                 # The last command, when all was done but the saying so.
                 assert "exists and is good" in str(error), (number, here.last)
-                assert here.last == "block-dirty-bitmap-remove"
+                assert here.last == "transaction"
                 place.remove_dead(str(here.private))
             assert here.vm.bitmaps("disk0")["backup0"]["count"] == 64 << 10, (number, here.last)
             assert here.vm.bitmaps("disk0").keys() == {"backup0"}

@@ -44,24 +44,23 @@ async def test_qemu_of_another_user_needs_root(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_living_session_is_not_taken_for_a_dead_one() -> None:
-    """As long as it lives its folder is locked, also against this very process."""
+    """As long as it lives that can be told by its token alone, also within this very process."""
     with running.folder() as parent:
         async with place.made(str(parent), None) as made:
-            assert place.is_alive(str(parent), made.token)
+            assert place.is_alive(made.token)
             place.remove_dead(str(parent))
             assert made.folder.exists()
-        assert not place.is_alive(str(parent), made.token)
+        assert not place.is_alive(made.token)
 
 
 async def test_dead_session_s_folder_is_removed() -> None:
-    """What kill -9 leaves has a lock that nobody holds; other folders are not touched."""
+    """What kill -9 leaves goes; other folders are not touched."""
     with running.folder() as parent:
         dead = parent / "posthoc-attach-01234567"
         other = parent / "posthoc-attach-mine"
         for folder in (dead, other):
             folder.mkdir()
-            (folder / "lock").touch()
-        assert not place.is_alive(str(parent), "01234567")
+        assert not place.is_alive("01234567")
         place.remove_dead(str(parent))
         assert list(parent.iterdir()) == [other]
 
@@ -73,7 +72,8 @@ async def test_folder_with_a_server_in_it_is_kept(monkeypatch: pytest.MonkeyPatc
         async with place.made(str(parent), None) as made:
             await server.bind(made.socket)
             server.listen(100)
-        assert place.has_socket(str(parent), made.token)
+        place.remove_dead(str(parent))
+        assert place.has_socket(made.folder)
         server.close()
         place.remove_dead(str(parent))
         assert list(parent.iterdir()) == []

@@ -107,6 +107,6 @@ async def test_living_session_on_the_same_qemu_is_left_alone() -> None:
             }
             monitor = Scripted((9, 0, 0), answers)
             with pytest.raises(errors.UserError, match="another posthoc is attached"):
-                await leftovers.find(monitor, str(parent))
-        found = await leftovers.find(monitor, str(parent))
+                await leftovers.find(monitor)
+        found = await leftovers.find(monitor)
         assert found.exports == (f"posthoc-{made.token}-live-0",)

@@ -18,6 +18,7 @@ import errno
 import functools
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -142,9 +143,18 @@ def require_binding() -> None:
 class Connection:
     """A connected handle. Not for two threads at once; the caller closes it."""
 
-    def __init__(self, address: Address, patience: float | None = None) -> None:
-        """Connect and shake hands within `patience` (CONNECT_PATIENCE) seconds; raises LostError."""
+    def __init__(
+        self,
+        address: Address,
+        patience: float | None = None,
+        ending: threading.Event | None = None,
+    ) -> None:
+        """Connect and shake hands within `patience` (CONNECT_PATIENCE) seconds; raises LostError.
+
+        Once `ending` is set, by any thread, whatever waits for the server gives up within a second.
+        """
         patience = CONNECT_PATIENCE if patience is None else patience
+        self.ending = ending or threading.Event()
         self._handle: Any = libnbd.NBD()
         self._part = address.part
         try:
@@ -180,7 +190,7 @@ class Connection:
         handle = self._handle
         while handle.aio_is_connecting():
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or self.ending.is_set():
                 raise LostError("the server does not answer")
             handle.poll(_milliseconds(left))
         if not handle.aio_is_ready():
@@ -313,7 +323,7 @@ class Connection:
 
     def _wait(self, patience: float, deadline: float | None) -> None:
         now = time.monotonic()
-        if now >= patience:
+        if now >= patience or self.ending.is_set():
             self.close()
             raise LostError("the server does not answer")
         left = (patience if deadline is None else min(patience, deadline)) - now

@@ -43,7 +43,7 @@ class Pool:
         self._made = 0
         self._idle: list[nbd.Connection] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._ending = threading.Event()
 
     @contextmanager
     def connection(self, patience: Patience | None = None) -> Iterator[nbd.Connection]:
@@ -81,7 +81,7 @@ class Pool:
         """Return an idle connection, or None when the caller is to make one; waits for either."""
         with self._changed:
             while True:
-                if self._closed:
+                if self._ending.is_set():
                     raise OSError(errno.EBADF, "the image has been closed")
                 if self._idle:
                     return self._idle.pop()
@@ -97,10 +97,11 @@ class Pool:
     def _connect(self, patience: Patience | None) -> nbd.Connection:
         seconds = FURTHER_PATIENCE if self._is_further() else nbd.CONNECT_PATIENCE
         if patience is None:
-            return nbd.Connection(self.address, seconds)
+            return nbd.Connection(self.address, seconds, self._ending)
         with patience.spent():
             # The last of several tries is a try all the same.
-            return nbd.Connection(self.address, min(seconds, max(patience.left, _SHORTEST)))
+            left = max(patience.left, _SHORTEST)
+            return nbd.Connection(self.address, min(seconds, left), self._ending)
 
     def _forget(self, *, lower: bool = False) -> None:
         with self._changed:
@@ -112,7 +113,7 @@ class Pool:
 
     def _give(self, connection: nbd.Connection) -> None:
         with self._changed:
-            if not (self._closed or connection.is_over):
+            if not (self._ending.is_set() or connection.is_over):
                 self._idle.append(connection)
                 self._changed.notify()
                 return
@@ -121,6 +122,7 @@ class Pool:
 
     def add(self, connection: nbd.Connection) -> None:
         """Take over a connection made elsewhere."""
+        connection.ending = self._ending
         with self._changed:
             self._made += 1
             self._idle.append(connection)
@@ -135,9 +137,9 @@ class Pool:
             connection.close()
 
     def close(self) -> None:
-        """Close what is idle now, and what is lent out when it comes back."""
+        """Close what is idle now, and what is lent out when it comes back, within a second or so."""
         with self._changed:
-            self._closed = True
+            self._ending.set()
             idle, self._idle = self._idle, []
             self._changed.notify_all()
         for connection in idle:

@@ -167,6 +167,10 @@ def request(arguments: argparse.Namespace) -> examined.Request:
         raise errors.UserError("--checkpoint goes with --target, or --disk: libvirt knows no nodes")
     if wanted.checkpoint and len({wish.bitmap for wish in wanted.wishes}) > 1:
         raise errors.UserError("--checkpoint: a checkpoint's bitmaps all have its name")
+    if wanted.checkpoint and not virsh.CHECKPOINT_NAME.fullmatch(wanted.wishes[0].bitmap):
+        raise errors.UserError(
+            f"{wanted.wishes[0].bitmap}: libvirt names no checkpoint so (letters, digits, _, - and inner dots)"
+        )
     return wanted
 
 
@@ -213,8 +217,6 @@ async def _interruptible(
             await _register_checkpoint(arguments, request)
         nursery.cancel_scope.cancel()
     if interrupt.cancelled_caught:
-        kept = "with a bitmap of all ones" if request.keep_on_failure else "as it was found"
-        log.warning("interrupted: QEMU is left %s", kept)
         raise KeyboardInterrupt
     return outcomes
 

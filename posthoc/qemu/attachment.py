@@ -164,17 +164,29 @@ class Attachment:
             if target.replaces:
                 # Not in the transaction: there the name would stay taken until its end.
                 await remove_bitmap(self.monitor, target.node, target.bitmap)
+                self.undo.lasting.append(
+                    f"the inconsistent bitmap {target.bitmap} of {target.node} is removed"
+                )
             actions += self._freeze(target, "written", [self.recording(target)])
             if not target.exists:
                 actions.append(_add(target, target.bitmap, persistent=target.persistent))
                 self._plan_removal(target, target.bitmap)
             sources: list[Source] = [self.recording(target), self._map(target, carried)]
             actions.append(_merge(target.node, target.bitmap, sources))
+        added = [
+            f"bitmap {target.bitmap} of {target.node} keeps what was added to it: more than it needs, never less"
+            for target in targets
+            if target.exists
+        ]
+        # Before the transaction: one that was cancelled may have been carried out.
+        self.undo.lasting += added
         try:
             await self._transaction(actions)
         except qmp.CommandError:
             # Nothing was made: a bitmap of that name which appeared meanwhile is somebody else's.
             self.keep(targets)
+            for change in added:
+                self.undo.lasting.remove(change)
             raise
 
     def keep(self, targets: Sequence[Target]) -> None:

@@ -355,10 +355,12 @@ class SocketMonitor:
 async def connect(path: str) -> AsyncIterator[SocketMonitor]:
     """Connect to the QMP unix socket at `path`; the connection is closed on leaving.
 
-    Raises UserError (no such socket, nobody listens, not allowed, another client has the monitor).
+    Raises UserError (not allowed, another client has the monitor), Disconnected where nobody listens.
     """
     try:
         stream = await trio.open_unix_socket(path)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise Disconnected(f"{path}: no QMP monitor there: {errors.reason(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise errors.UserError(f"{path}: no QMP monitor there: {errors.reason(error)}") from error
     async with stream:

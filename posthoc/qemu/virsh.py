@@ -29,6 +29,11 @@ _LOOK = 2.0
 # libvirt's driver gives each domain a folder; its secret key lies in it and is on QEMU's command line.
 _DOMAIN_FOLDER = re.compile(r"""[=:]"?(/[^",]+)/master-key\.aes""")
 
+# virsh's words for a domain that libvirt does not know, or not any more.
+_NO_DOMAIN = "failed to get domain"
+# libvirt's domaincheckpoint.rng; the longest file name less ".xml.new".
+CHECKPOINT_NAME = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]{0,246}")
+
 
 class PausingListener:
     """Where no events come, waiting is sleeping."""
@@ -85,7 +90,8 @@ class Domain:
             raise qmp.TimeoutError(command, within)
         await trio.lowlevel.checkpoint_if_cancelled()
         if result.returncode != 0:
-            raise qmp.Disconnected(f"domain {self._name}: {_said(result)} (at {command})")
+            said = f"domain {self._name}: {_said(result)} (at {command})"
+            raise (qmp.MonitorError if await self._runs() else qmp.Disconnected)(said)
         try:
             reply = json.loads(result.stdout)
             if "error" not in reply:
@@ -105,7 +111,7 @@ class Domain:
         """Return once the domain has stopped."""
         while True:
             await trio.sleep(_LOOK)
-            if (await self.run("domid", self._name)).stdout.strip() in ("", "-"):
+            if not await self._runs():
                 return qmp.Disconnected(f"domain {self._name}: is not running any more")
 
     async def run(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -168,21 +174,24 @@ class Domain:
             file.flush()
             await self._ask("checkpoint-create", self._name, file.name, "--redefine")
 
-    async def has_checkpoint(self, name: str) -> bool:
-        """Return whether the domain has a checkpoint of that name."""
-        listed = await self._ask("checkpoint-list", self._name, "--name")
-        return name in listed.split("\n")
+    async def _runs(self) -> bool:
+        """Return whether the domain runs, or may: while libvirtd is restarted nobody can tell."""
+        result = await self.run("domid", self._name)
+        if result.returncode != 0:
+            return _NO_DOMAIN not in result.stderr
+        return result.stdout.strip() not in ("", "-")
 
     async def _ask(self, *words: str) -> str:
         result = await self.run(*words)
         if result.returncode != 0:
-            raise errors.UserError(f"virsh {words[0]} {self._name}: {_said(result)}")
+            kind = qmp.Disconnected if _NO_DOMAIN in result.stderr else errors.UserError
+            raise kind(f"virsh {words[0]} {self._name}: {_said(result)}")
         return result.stdout
 
     async def _look(self) -> None:
         """Fill in what does not change while the domain runs."""
         if (await self._ask("domid", self._name)).strip() in ("", "-"):
-            raise errors.UserError(f"domain {self._name} does not run: posthoc diff is for it")
+            raise qmp.Disconnected(f"domain {self._name} does not run: posthoc diff is for it")
         answer = await self.execute("query-version")
         with qmp.understanding("query-version"):
             numbers = answer["qemu"]

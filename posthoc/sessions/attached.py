@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,38 +90,54 @@ async def attach(
     """Give every disk of `request` its bitmap; `watch` is called with the scans' statistics.
 
     Raises UserError. Then, and when cancelled, QEMU is left as it was found, or with
-    `request.keep_on_failure` with the bitmaps that were asked for and every bit of them set.
+    `request.keep_on_failure` with the bitmaps that were asked for and every bit of them set; what is not as it
+    was is logged. A cancel that comes when all is done is too late, and the outcomes are returned.
     """
     undo = ways_back.Undo()
+    outcomes: list[Outcome] = []
     try:
-        async with contextlib.AsyncExitStack() as stack, connect() as monitor:
-            disks = await examined.examine(monitor, request, stack)
-            parent = examined.directory(monitor, request)
-            where = await stack.enter_async_context(place.made(parent, monitor.peer))
-            session = Session(monitor, request, disks, where, undo, watch)
-            stack.callback(session.source.hang_up)
-            # With the stack, hence after this connection is closed: a monitor serves one at a time.
-            stack.push_async_callback(_make_up, connect, undo)
-            try:
-                return await _while_there(monitor, session)
-            finally:
-                await undo.take_all(monitor)
+        with trio.CancelScope() as ending:
+            async with contextlib.AsyncExitStack() as stack, connect() as monitor:
+                disks = await examined.examine(monitor, request, stack)
+                parent = examined.directory(monitor, request)
+                where = await stack.enter_async_context(place.made(parent, monitor.peer))
+                session = Session(monitor, request, disks, where, undo, watch, ending)
+                stack.callback(session.source.hang_up)
+                # With the stack, hence after this connection is closed: a monitor serves one at a time.
+                stack.push_async_callback(_make_up, connect, undo)
+                try:
+                    outcomes = await _while_there(monitor, session)
+                finally:
+                    await undo.take_all(monitor)
     finally:
-        for problem in undo.problems:
-            log.warning("left in QEMU, for the next attach to remove: %s", problem)
+        if not outcomes:
+            _tell_what_is_left(undo, interrupted=trio.current_effective_deadline() == -math.inf)
+    return outcomes
 
 
 async def _make_up(connect: Connect, undo: ways_back.Undo) -> None:
     """Take back through a new connection what could not be: the monitor may have gone, and QEMU not."""
-    if not undo.lost:
+    if not undo.left:
         return
     with trio.move_on_after(ways_back.TIME_LIMIT, shield=True):
         try:
             async with connect() as monitor:
                 await undo.take_all(monitor)
-        except errors.UserError:
-            # Gone for good, and told already: nothing is left that could be taken back.
-            undo.problems.clear()
+        except qmp.Disconnected:
+            # Gone, and told already: nothing is left that could be taken back.
+            undo.give_up()
+        except errors.UserError as error:
+            log.debug("not reached again: %s", error)
+
+
+def _tell_what_is_left(undo: ways_back.Undo, *, interrupted: bool) -> None:
+    for change in undo.lasting:
+        log.warning("%s", change)
+    if undo.left:
+        log.warning("left in QEMU, for the next attach to remove: %s", "; ".join(undo.left))
+    if interrupted:
+        apart = ", apart from that" if undo.lasting or undo.left else ""
+        log.warning("interrupted: QEMU is left as it was found%s", apart)
 
 
 async def _while_there(monitor: qmp.Monitor, session: Session) -> list[Outcome]:
@@ -130,9 +147,11 @@ async def _while_there(monitor: qmp.Monitor, session: Session) -> list[Outcome]:
     failures: list[BaseException] = []
 
     async def look(scope: trio.CancelScope) -> None:
-        lost.append(await monitor.wait_lost())
-        # A thread that reads would try for a while to reach the server again.
-        session.source.close_reader()
+        try:
+            lost.append(await monitor.wait_lost())
+        finally:
+            # Lost or cancelled: a thread that reads would wait for QEMU, or try to reach it again.
+            session.source.close_reader()
         scope.cancel()
 
     async with trio.open_nursery() as nursery:
@@ -163,6 +182,7 @@ class Session:
         where: place.Place,
         undo: ways_back.Undo,
         watch: Watch | None,
+        ending: trio.CancelScope,
     ) -> None:
         self.monitor = monitor
         self.request = request
@@ -174,6 +194,7 @@ class Session:
             self.qemu, where.socket, request.nbd_server, request.options.connections
         )
         self.watch = watch
+        self.ending = ending
 
     async def run(self) -> list[Outcome]:
         """Take the steps in THE ORDER of this module's docstring."""
@@ -196,6 +217,7 @@ class Session:
             if recorded and self.request.keep_on_failure:
                 await self._keep_everything()
             raise
+        self.ending.shield = True  # from here on it is done, and a cancel comes too late
         # Last: as long as the recording bitmap is there, the next session knows whose the other is.
         await self.qemu.stop_recording(self.targets)
         self.qemu.keep(self.targets)
@@ -328,26 +350,30 @@ class Session:
 
     async def _keep_everything(self) -> None:
         """Leave recording bitmaps with every bit set: valid, as if nothing were known of the disks."""
-        with trio.move_on_after(ways_back.TIME_LIMIT, shield=True):
+        with trio.move_on_after(ways_back.TIME_LIMIT, shield=True) as scope:
             try:
                 await self.qemu.undo.take_all(self.monitor)
-                fresh = [target for target in self.targets if not target.exists]
-                if not fresh:
-                    return
-                await self.qemu.record(fresh)
-                maps = []
-                for disk in self.disks:
-                    if disk.target in fresh:
-                        maps.append(bitmap.Bitmap(disk.node.size, disk.target.granularity))
-                        maps[-1].fill()
-                self.targets = fresh
-                await self._publish(maps)
-                await self._close_maps()
-                self.qemu.keep(fresh)
-                names = ", ".join(f"{target.bitmap} of {target.node}" for target in fresh)
-                log.warning("kept, with every bit set: %s", names)
+                await self._publish_full([disk for disk in self.disks if not disk.target.exists])
             except errors.UserError as error:
                 log.warning("no bitmap could be kept: %s", error)
+        if scope.cancelled_caught:
+            log.warning("no bitmap could be kept: QEMU does not answer")
+
+    async def _publish_full(self, disks: Sequence[examined.Disk]) -> None:
+        if not disks:
+            return
+        self.targets = [disk.target for disk in disks]
+        maps = [bitmap.Bitmap(disk.node.size, disk.target.granularity) for disk in disks]
+        for full in maps:
+            full.fill()
+        await self.qemu.record(self.targets)
+        await self._publish(maps)
+        await self._close_maps()
+        self.qemu.keep(self.targets)
+        self.qemu.undo.lasting += [
+            f"bitmap {target.bitmap} of {target.node} is kept, with every bit set"
+            for target in self.targets
+        ]
 
 
 def _lacking(target: attachment.Target) -> errors.UserError:

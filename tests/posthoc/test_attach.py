@@ -28,6 +28,10 @@ from tests.scenarios import attaching
             ["--domain", "d", "--disk", "vda=r:a", "--disk", "vdb=r:b", "--checkpoint"],
             "a checkpoint's bitmaps all have its name",
         ),
+        (
+            ["--domain", "d", "--target", "vda", "--bitmap", "a/b", "--checkpoint", "r"],
+            "a/b: libvirt names no checkpoint so",
+        ),
         (["--node", "n", "r"], "one of the arguments --qmp --domain is required"),
         (["--qmp", "s", "r"], "one of the arguments --node --device --target --disk is required"),
     ],

@@ -232,20 +232,60 @@ def test_qemu_killed_at_a_step_is_one_clear_line(tmp_path: pathlib.Path, step: s
         assert list(attaching.private(vm).iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["recording", "exported", "published"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
-def test_interrupted_attach_leaves_qemu_as_it_was(
-    tmp_path: pathlib.Path, step: str, number: signal.Signals
-) -> None:
-    """A signal ends it in order: no bitmap, node, export, server or file is left."""
+@pytest.mark.parametrize("step", attached.STEPS)
+def test_interrupted_attach_leaves_qemu_as_it_was(tmp_path: pathlib.Path, step: str) -> None:
+    """Ctrl-C ends it in order: no bitmap, node, export, server or file is left. At the end it is too late."""
     disks = attaching.pair(tmp_path)
     with running.running(disks.live) as vm:
         before = vm.state()
-        result = attaching.attach_with_signal_at(step, number, vm, disks)
-        assert result.returncode == 130
-        assert result.stderr == "posthoc: interrupted: QEMU is left as it was found\n"
-        assert vm.state() == before
+        result = attaching.attach_with_signal_at(step, signal.SIGINT, vm, disks)
+        if step == "ended":
+            assert result.returncode == 0
+            assert result.stdout.startswith("state: complete\n")
+            assert vm.bitmaps("disk0").keys() == {"backup0"}
+        else:
+            assert result.returncode == 130
+            assert result.stderr == "posthoc: interrupted: QEMU is left as it was found\n"
+            assert vm.state() == before
         assert list(attaching.private(vm).iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["scanned", "published"])
+def test_interrupted_merge_says_what_stays(tmp_path: pathlib.Path, step: str) -> None:
+    """Bits that were added to a good bitmap cannot be taken out of it again."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live) as vm:
+        vm.client("block-dirty-bitmap-add", {"node": "disk0", "name": "backup0"})
+        result = attaching.attach_with_signal_at(step, signal.SIGINT, vm, disks, "--merge")
+        assert result.returncode == 130
+        count = vm.bitmaps("disk0")["backup0"]["count"]
+        if step == "scanned":
+            assert count == 0
+            assert result.stderr == "posthoc: interrupted: QEMU is left as it was found\n"
+        else:
+            assert count == 4 * attaching.GRANULARITY
+            assert result.stderr == (
+                "posthoc: bitmap backup0 of disk0 keeps what was added to it: more than it needs, never less\n"
+                "posthoc: interrupted: QEMU is left as it was found, apart from that\n"
+            )
+
+
+def test_interrupted_replacement_says_that_the_inconsistent_one_is_gone(
+    tmp_path: pathlib.Path,
+) -> None:
+    """It was worth nothing, and is not put back."""
+    disks = attaching.pair(tmp_path, "qcow2")
+    with running.running(disks.live) as vm:
+        attaching.attach_here(vm, disks)
+    with running.running(disks.live) as vm:
+        vm.kill()
+    with running.running(disks.live) as vm:
+        result = attaching.attach_with_signal_at("published", signal.SIGINT, vm, disks, "--replace")
+        assert vm.bitmaps("disk0") == {}
+        assert result.stderr == (
+            "posthoc: the inconsistent bitmap backup0 of disk0 is removed\n"
+            "posthoc: interrupted: QEMU is left as it was found, apart from that\n"
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -265,16 +305,23 @@ def test_further_signals_do_not_break_the_clean_up(
         assert list(attaching.private(vm).iterdir()) == []
 
 
-def test_bitmap_kept_on_failure_has_every_bit(tmp_path: pathlib.Path) -> None:
-    """With --keep-on-failure what is left is valid, and said to be all ones."""
+@pytest.mark.parametrize("step", ["cleared", "exported", "published"])
+def test_bitmap_kept_on_failure_has_every_bit(tmp_path: pathlib.Path, step: str) -> None:
+    """With --keep-on-failure what is left is valid and told, from when on there is anything to keep."""
     disks = attaching.pair(tmp_path, "qcow2")
     with running.running(disks.live, system=True) as vm:
         before = vm.state()
         result = attaching.attach_with_signal_at(
-            "exported", signal.SIGINT, vm, disks, "--rate", "1M", "--keep-on-failure"
+            step, signal.SIGINT, vm, disks, "--keep-on-failure"
         )
         assert result.returncode == 130
-        assert "kept, with every bit set: backup0 of disk0" in result.stderr
+        lines = result.stderr.splitlines()
+        if step == "cleared":
+            assert lines == ["posthoc: interrupted: QEMU is left as it was found"]
+            assert vm.state() == before
+            return
+        assert "posthoc: bitmap backup0 of disk0 is kept, with every bit set" in lines
+        assert lines[-1] == "posthoc: interrupted: QEMU is left as it was found, apart from that"
         bitmap = vm.bitmaps("disk0")["backup0"]
         assert bitmap["count"] == attaching.SIZE
         assert bitmap["recording"]

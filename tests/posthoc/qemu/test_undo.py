@@ -8,7 +8,7 @@ import trio
 
 from posthoc.qemu import qmp, undo
 
-MONITOR = cast("qmp.Monitor", None)
+MONITOR, ANOTHER = (cast("qmp.Monitor", object()) for _ in range(2))
 
 
 class Steps:
@@ -48,7 +48,7 @@ async def test_steps_are_taken_in_reverse_and_once(steps: Steps, three: undo.Und
     await three.take_all(MONITOR)
     await three.take_all(MONITOR)
     assert steps.taken == ["b", "c"]
-    assert three.problems == []
+    assert three.left == []
 
 
 async def test_refused_step_is_told_and_the_others_are_taken(
@@ -58,23 +58,24 @@ async def test_refused_step_is_told_and_the_others_are_taken(
     steps.failing["b"] = qmp.CommandError("x", {}, {"error": {"desc": "busy"}})
     await three.take_all(MONITOR)
     assert steps.taken == ["c", "b", "a"]
-    assert three.problems == ["b: QEMU refused x: busy"]
-    assert not three.lost
+    assert three.left == ["b (QEMU refused x: busy)"]
     steps.failing.clear()
     await three.take_all(MONITOR)
     assert steps.taken[3:] == ["b"]
-    assert three.problems == []
+    assert three.left == []
 
 
 async def test_lost_monitor_leaves_the_rest_for_another(steps: Steps, three: undo.Undo) -> None:
     """Where the monitor is of no use the steps stay, to be taken through a new one."""
     steps.failing["b"] = qmp.Disconnected("gone")
     await three.take_all(MONITOR)
-    assert three.lost
+    assert three.left == ["a", "b (gone)"]
     steps.failing.clear()
     await three.take_all(MONITOR)
+    assert steps.taken == ["c", "b"]
+    await three.take_all(ANOTHER)
     assert steps.taken == ["c", "b", "b", "a"]
-    assert not three.lost
+    assert three.left == []
 
 
 async def test_cancel_waits_for_the_steps(steps: Steps, three: undo.Undo) -> None:
@@ -95,5 +96,14 @@ async def test_step_that_hangs_is_given_up(
         await trio.sleep_forever()
 
     three.plan("d", hang)
-    with pytest.raises(qmp.MonitorError, match="d: not done within 120 s"):
+    with pytest.raises(qmp.MonitorError, match="d: not done within 60 s"):
         await three.take(MONITOR, "d")
+    await three.take_all(MONITOR)
+    assert three.left == ["a", "b", "c", "d (not done within 60 s)"]
+
+
+async def test_nothing_is_left_of_a_qemu_that_has_gone(three: undo.Undo) -> None:
+    """What ended with it is neither taken back nor told."""
+    three.lasting.append("a bitmap has more bits")
+    three.give_up()
+    assert (three.left, three.lasting) == ([], [])

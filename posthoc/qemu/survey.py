@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from posthoc.qemu import qmp
 
 # The first version in which an NBD client of a disk in an iothread may go without taking the VM along.
 SAFE_VERSION = qmp.Version(9, 0, 0)
+# A device in QOM, which may be in another: virtio's backend is in what stands on the PCI bus.
+_PERIPHERAL = re.compile(r"(/machine/peripheral(-anon)?/([^/]+))(?:/.*)?")
 
 
 @dataclass(frozen=True)
@@ -88,23 +91,43 @@ def _bitmap(facts: dict[str, Any]) -> DirtyBitmap:
     )
 
 
-async def devices(monitor: qmp.Monitor) -> dict[str, str]:
-    """Return the top node of each device that has a medium, by the device's QOM path or name.
+@dataclass(frozen=True)
+class Device:
+    """A device of the guest, its drive's name where it has one, and the top node of its medium."""
 
-    qemu-storage-daemon has no devices, nor the command.
-    """
+    drive: str
+    qdev: str  # its id, or its QOM path
+    node: str
+
+    @property
+    def names(self) -> list[str]:
+        """What it may be called: its drive, its id, its QOM path, and that of the device around it."""
+        names = [self.drive]
+        if match := _PERIPHERAL.fullmatch(self.qdev):
+            path, anonymous, number = match.groups()
+            names += [path] if anonymous else [number, path]
+        return [name for name in [*names, self.qdev] if name]
+
+
+async def devices(monitor: qmp.Monitor) -> list[Device]:
+    """Return the devices that have a medium; qemu-storage-daemon has none, nor the command."""
     try:
         blocks = await monitor.execute("query-block")
     except qmp.CommandError as error:
         if error.error_class == "CommandNotFound":
-            return {}
+            return []
         raise
     with qmp.understanding("query-block"):
-        return {
-            block.get("qdev") or block["device"]: block["inserted"]["node-name"]
+        return [
+            Device(block["device"], block.get("qdev", ""), block["inserted"]["node-name"])
             for block in blocks
             if block.get("inserted", {}).get("node-name")
-        }
+        ]
+
+
+async def tops(monitor: qmp.Monitor) -> set[str]:
+    """Return the nodes that the guest's devices use themselves."""
+    return {device.node for device in await devices(monitor)}
 
 
 async def exports(monitor: qmp.Monitor) -> list[str]:
@@ -114,15 +137,15 @@ async def exports(monitor: qmp.Monitor) -> list[str]:
         return [entry["id"] for entry in found]
 
 
-async def node_of_device(monitor: qmp.Monitor, device: str) -> str:
-    """Return the node that the guest sees as `device`: an id, a QOM path or an old drive's name."""
+async def node_of_device(monitor: qmp.Monitor, name: str) -> str:
+    """Return the node that the guest sees as the device of that name (Device.names)."""
     found = await devices(monitor)
-    matches = {node for path, node in found.items() if device == path or device in path.split("/")}
-    if len(matches) == 1:
-        return matches.pop()
-    known = ", ".join(sorted(found)) or "none"
+    nodes = {device.node for device in found if name in device.names}
+    if len(nodes) == 1:
+        return nodes.pop()
+    known = ", ".join(sorted(device.names[0] for device in found if device.names)) or "none"
     raise errors.UserError(
-        f"{device}: no device of {monitor.name} with a medium is called so (there are: {known})"
+        f"{name}: no device of {monitor.name} with a medium is called so (there are: {known})"
     )
 
 
@@ -134,8 +157,8 @@ async def iothread_danger(monitor: qmp.Monitor, node: str) -> bool:
     """
     if monitor.version >= SAFE_VERSION or not await _has_iothreads(monitor):
         return False
-    of_node = [path for path, name in (await devices(monitor)).items() if name == node]
-    return not of_node or not all([await _in_main_thread(monitor, path) for path in of_node])
+    of_node = [device for device in await devices(monitor) if device.node == node]
+    return not of_node or not all([await _in_main_thread(monitor, device) for device in of_node])
 
 
 async def _has_iothreads(monitor: qmp.Monitor) -> bool:
@@ -150,10 +173,11 @@ async def _has_iothreads(monitor: qmp.Monitor) -> bool:
         return any(entry["type"] == "child<iothread>" for entry in objects)
 
 
-async def _in_main_thread(monitor: qmp.Monitor, device: str) -> bool:
+async def _in_main_thread(monitor: qmp.Monitor, device: Device) -> bool:
     """Whether the device says of itself that it has no iothread; SCSI disks do not say."""
     try:
-        thread = await monitor.execute("qom-get", {"path": device, "property": "iothread"})
+        where = {"path": device.qdev, "property": "iothread"}
+        thread = await monitor.execute("qom-get", where)
     except qmp.CommandError:
         return False
     return bool(thread == "")

@@ -337,7 +337,7 @@ class Session:
 
     async def _look_for_snapshots(self) -> None:
         """Tell of disks whose guest writes elsewhere by now: its bitmap is right, and not of what comes."""
-        tops = set((await survey.devices(self.monitor)).values())
+        tops = await survey.tops(self.monitor)
         for disk in self.disks:
             if disk.on_top and disk.target.node not in tops:
                 log.warning(

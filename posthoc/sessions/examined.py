@@ -79,7 +79,7 @@ async def examine(
         )
     left = await leftovers.find(monitor)
     nodes = await survey.nodes(monitor)
-    tops = set((await survey.devices(monitor)).values())
+    tops = await survey.tops(monitor)
     disks: list[Disk] = []
     for number, wish in enumerate(request.wishes):
         node = await _node(monitor, wish, nodes)

@@ -2,6 +2,7 @@
 """What is asked of a QEMU before anything is changed, where a real one cannot be made to say it."""
 
 import contextlib
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import trio
 
 from dirtymap import errors
 from posthoc.qemu import leftovers, place, qmp, survey
+from tests import qemu
 from tests.posthoc.qemu import running
 
 DISK = "/machine/peripheral/vda/virtio-backend"
@@ -83,18 +85,58 @@ async def test_scsi_disk_does_not_say_its_thread() -> None:
     assert await survey.iothread_danger(Scripted((7, 2, 0), answers), "disk0")
 
 
-@pytest.mark.parametrize("name", ["vda", DISK])
-async def test_device_by_id_or_path(name: str) -> None:
-    """A device is found by its id within its QOM path, and by the whole path."""
-    answers = {"query-block": [block(DISK, "disk0"), block("/machine/peripheral/vdb/x", "disk1")]}
-    assert await survey.node_of_device(Scripted((9, 0, 0), answers), name) == "disk0"
+BLOCKS: list[dict[str, Any]] = [
+    # As QEMU shows them: -drive with a device that has an id and without, -blockdev with a virtio and a SCSI disk.
+    {**block(DISK, "disk0"), "device": "drive0"},
+    {**block("/machine/peripheral-anon/device[0]/virtio-backend", "disk1"), "device": "virtio7"},
+    block("/machine/peripheral/vdb/virtio-backend", "disk2"),
+    block("scsi0-0-0", "disk3"),
+    {"device": "cd", "qdev": "cd"},
+]
 
 
-async def test_device_that_is_not_there() -> None:
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [
+        ("vda", "disk0"),
+        ("drive0", "disk0"),
+        (DISK, "disk0"),
+        ("/machine/peripheral/vda", "disk0"),
+        ("virtio7", "disk1"),
+        ("/machine/peripheral-anon/device[0]", "disk1"),
+        ("vdb", "disk2"),
+        ("scsi0-0-0", "disk3"),
+    ],
+)
+async def test_device_by_any_of_its_names(name: str, node: str) -> None:
+    """Its id, its QOM path, that of what holds it, or an old drive's name."""
+    assert await survey.node_of_device(Scripted((9, 0, 0), {"query-block": BLOCKS}), name) == node
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cd", "peripheral", "machine", "virtio-backend", "/machine/peripheral", "device[0]", ""],
+)
+async def test_device_that_is_not_there(name: str) -> None:
     """A device without a medium, or of another name, is told with those that are there."""
-    answers = {"query-block": [block(DISK, "disk0"), {"device": "cd", "qdev": "cd"}]}
-    with pytest.raises(errors.UserError, match=f"there are: {DISK}"):
-        await survey.node_of_device(Scripted((9, 0, 0), answers), "cd")
+    with pytest.raises(errors.UserError, match="there are: drive0, scsi0-0-0, vdb, virtio7"):
+        await survey.node_of_device(Scripted((9, 0, 0), {"query-block": BLOCKS}), name)
+
+
+async def test_devices_of_a_real_qemu(tmp_path: pathlib.Path) -> None:
+    """An old drive with a device of one's own, and one with the device that QEMU makes for it."""
+    for name in ("a", "b"):
+        qemu.create(tmp_path / name, 1 << 20)
+    drives = ["-drive", f"if=none,id=drive0,file={tmp_path}/a,format=raw"]
+    drives += ["-device", "virtio-blk-pci,drive=drive0,id=vda"]
+    drives += ["-drive", f"if=virtio,id=virtio7,file={tmp_path}/b,format=raw"]
+    with running.running(system=True, arguments=drives) as vm:
+        async with qmp.connect(vm.qmp) as monitor:
+            path = "/machine/peripheral/vda"
+            names = ("drive0", "vda", path, f"{path}/virtio-backend", "virtio7")
+            nodes = [await survey.node_of_device(monitor, name) for name in names]
+    assert len(set(nodes[:4])) == 1
+    assert nodes[4] != nodes[0]
 
 
 async def test_living_session_on_the_same_qemu_is_left_alone() -> None:

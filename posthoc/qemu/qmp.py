@@ -393,15 +393,18 @@ async def running(monitor: SocketMonitor) -> AsyncIterator[SocketMonitor]:
 
 
 def peer_of(connection: trio.socket.SocketType) -> Peer | None:
-    """Return who listens at the other end of a unix socket: who called listen() (unix(7), SO_PEERCRED)."""
+    """Return the process at the other end of a unix socket, as the user that it is now.
+
+    The kernel tells who called listen() (unix(7), SO_PEERCRED): a QEMU with -runas has been another since.
+    """
     size = struct.calcsize("3i")
     try:
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     except OSError:
         return None
     assert isinstance(raw, bytes)
-    pid, uid, gid = struct.unpack("3i", raw)
-    return Peer(pid, uid, gid) if pid > 0 else None
+    pid, _, _ = struct.unpack("3i", raw)
+    return process_owner(pid) if pid > 0 else None
 
 
 def process_owner(pid: int) -> Peer | None:

@@ -8,6 +8,7 @@ not come through. What is left to libvirt is what it must know of: a checkpoint'
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -207,14 +208,16 @@ def _said(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def _process_of(uuid: str) -> tuple[qmp.Peer, str] | None:
-    """Find the QEMU process of a domain by the uuid on its command line."""
+    """Find the QEMU process of a domain by the uuid that its command line sets."""
     for folder in pathlib.Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if uuid in words and (owner := qmp.process_owner(int(folder.name))) is not None:
-                return owner, " ".join(words)
+            # Not any word: a program may be told a domain by its uuid, posthoc for one.
+            if ("-uuid", uuid) in itertools.pairwise(words):
+                owner = qmp.process_owner(int(folder.name))
+                return None if owner is None else (owner, " ".join(words))
     return None
 
 

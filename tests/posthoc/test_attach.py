@@ -2,6 +2,7 @@
 """`posthoc attach`: what it refuses, in one line, and what it says of what it did."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -317,6 +318,16 @@ def test_folder_that_is_too_deep_or_absent(tmp_path: pathlib.Path) -> None:
             result = command.posthoc(*words, "--directory", folder, status=2)
             assert said in result.stderr
         assert vm.bitmaps("disk0") == {}
+
+
+def test_qemu_that_has_changed_its_user_reaches_its_socket(tmp_path: pathlib.Path) -> None:
+    """-runas comes after the monitor was made: what counts is who QEMU is now. Only root can try that."""
+    disks = attaching.pair(tmp_path)
+    user = ["-runas", "nobody"] if os.geteuid() == 0 else []
+    with running.running(disks.live, system=True, arguments=user) as vm:
+        words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "backup0")
+        command.posthoc(*words, disks.reference)
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY
 
 
 def test_node_below_the_guest_s_is_noted(tmp_path: pathlib.Path) -> None:

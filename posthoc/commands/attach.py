@@ -80,7 +80,9 @@ def _add_bitmap(parser: argparse.ArgumentParser) -> None:
         "--transient", action="store_true", help="a bitmap that ends with QEMU, even in a qcow2"
     )
     parser.add_argument(
-        "--merge", action="store_true", help="add to a good bitmap of that name instead of refusing"
+        "--merge",
+        action="store_true",
+        help="add to a good bitmap of that name, which keeps its granularity, instead of refusing",
     )
     parser.add_argument(
         "--replace", action="store_true", help="replace an inconsistent bitmap of that name"
@@ -253,7 +255,7 @@ def _facts(wish: examined.Wish, outcome: attached.Outcome) -> dict[str, Any]:
         "bitmap": target.bitmap,
         "persistent": target.persistent,
         "size": now.size,
-        "granularity": target.granularity,
+        "granularity": outcome.disk.granularity,
         "scanned": now.scanned,
         "skipped": now.skipped,
         "differing": now.differing,

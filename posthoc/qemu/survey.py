@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,19 @@ class Node:
     def stores_bitmaps(self) -> bool:
         """Whether a persistent bitmap can be added (QEMU: "Can't store persistent bitmaps" if not)."""
         return self.driver == "qcow2" and self.compat != "0.10" and not self.read_only
+
+    @property
+    def file(self) -> str:
+        """The name of the file at the bottom; "" where that is not told. A filter's is that of what it is on."""
+        if not self.filename.startswith("json:"):
+            return self.filename
+        try:
+            options = json.loads(self.filename.removeprefix("json:"))
+        except ValueError:
+            return ""  # cut off by QEMU
+        while isinstance(options.get("file"), dict):
+            options = options["file"]
+        return str(options.get("filename", ""))
 
     def bitmap(self, name: str) -> DirtyBitmap | None:
         """Return the bitmap of that name."""

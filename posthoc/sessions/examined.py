@@ -64,6 +64,14 @@ class Disk:
     on_top: bool  # a device of the guest uses the node itself
     left: leftovers.Leftovers
 
+    @property
+    def granularity(self) -> int:
+        """The bitmap's, in bytes; one that is merged into keeps its own."""
+        there = self.node.bitmap(self.target.bitmap)
+        if there is None or not self.target.exists:
+            return self.target.granularity
+        return there.granularity
+
 
 async def examine(
     monitor: qmp.Monitor, request: Request, stack: contextlib.AsyncExitStack
@@ -94,7 +102,7 @@ async def examine(
         )
         stack.callback(reference.close)
         _check_apart(monitor, node, wish, reference)
-        notes = [*_size_notes(node, reference, request), *_notes(target, node, tops)]
+        notes = [*_size_notes(node, reference, request), *_notes(target, node, nodes, tops)]
         on_top = node.name in tops
         disks.append(Disk(target, node, reference, tuple(notes), on_top, left))
     return disks
@@ -172,7 +180,13 @@ def _target(
         raise errors.UserError(
             f"{what} does not record: enable it (block-dirty-bitmap-enable) before it is of use"
         )
-    return replace(target, exists=True, begun=begun, persistent=there.persistent)
+    if request.checkpoint and not there.persistent:
+        raise errors.UserError(f"{what} is not persistent, which a checkpoint needs")
+    # Finer would be found out for nothing, coarser would dirty more than it needs.
+    granularity = min(there.granularity, units.LARGEST_GRANULARITY)
+    return replace(
+        target, exists=True, begun=begun, persistent=there.persistent, granularity=granularity
+    )
 
 
 async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Request) -> None:
@@ -233,7 +247,9 @@ def _size_notes(node: survey.Node, reference: base.Image, request: Request) -> S
     return []
 
 
-def _notes(target: attachment.Target, node: survey.Node, tops: set[str]) -> Sequence[str]:
+def _notes(
+    target: attachment.Target, node: survey.Node, nodes: dict[str, survey.Node], tops: set[str]
+) -> Sequence[str]:
     notes = []
     if tops and node.name not in tops:
         notes.append(
@@ -241,7 +257,9 @@ def _notes(target: attachment.Target, node: survey.Node, tops: set[str]) -> Sequ
             "through it are not recorded"
         )
     if not target.persistent and not node.stores_bitmaps:
+        below = [n.name for n in nodes.values() if n.stores_bitmaps and n.file == node.file != ""]
+        instead = f"; {below[0]} below it can (--node {below[0]})" if below else ""
         notes.append(
-            f"{node.name} ({node.driver}) holds no persistent bitmap: this one is lost when QEMU ends"
+            f"{node.name} ({node.driver}) holds no persistent bitmap: this one is lost when QEMU ends{instead}"
         )
     return notes

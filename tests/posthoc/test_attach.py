@@ -182,6 +182,35 @@ def test_good_bitmap_is_merged_into_only_when_asked_for(tmp_path: pathlib.Path) 
         assert attaching.agree(vm, disks)
 
 
+@pytest.mark.parametrize("granularity", [4 << 10, 2 << 20, 4 << 20], ids=["4K", "2M", "4M"])
+def test_bitmap_that_is_merged_into_keeps_its_granularity(
+    tmp_path: pathlib.Path, granularity: int
+) -> None:
+    """What is shown is the bitmap's own, whatever was asked for, and so are the dirty bytes."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live) as vm:
+        names = {"node": "disk0", "name": "backup0", "granularity": granularity}
+        vm.client("block-dirty-bitmap-add", names)
+        result = attaching.attach(vm, disks, "--merge", "--json", "--granularity", "64K")
+        (facts,) = json.loads(result.stdout)["disks"]
+        bitmap = vm.bitmaps("disk0")["backup0"]
+        assert (facts["granularity"], facts["dirty"]) == (granularity, bitmap["count"])
+        assert attaching.agree(vm, disks)
+
+
+def test_filter_above_a_qcow2_costs_persistence_which_is_said(tmp_path: pathlib.Path) -> None:
+    """The guest's node is the throttle; the qcow2 below it could hold a persistent bitmap."""
+    disks = attaching.pair(tmp_path, "qcow2")
+    words = ["-object", "throttle-group,id=tg0"]
+    words += ["-blockdev", json.dumps(disks.live.blockdev())]
+    words += ["-blockdev", "driver=throttle,node-name=thr,throttle-group=tg0,file=disk0"]
+    words += ["-device", "virtio-blk-pci,drive=thr,id=vda"]
+    with running.running(system=True, arguments=words) as vm:
+        result = command.posthoc("attach", "--qmp", vm.qmp, "--device", "vda", disks.reference)
+        assert "thr (throttle) holds no persistent bitmap" in result.stderr
+        assert "disk0 below it can (--node disk0)" in result.stderr
+
+
 def test_inconsistent_bitmap_is_named_so_and_replaced_when_asked_for(
     tmp_path: pathlib.Path,
 ) -> None:

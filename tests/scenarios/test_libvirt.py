@@ -133,6 +133,23 @@ def test_both_disks_as_one_checkpoint_need_persistent_bitmaps(
     assert [disk["persistent"] for disk in facts] == [True, False]
 
 
+def test_transient_bitmap_becomes_no_checkpoint(
+    domain: libvirtd.Domain, disks: tuple[attaching.Pair, attaching.Pair]
+) -> None:
+    """One that --merge would add to ends with QEMU, which is said before anything is done."""
+    vda, _ = disks
+    (node,) = [
+        node["node-name"]
+        for node in domain.qmp("query-named-block-nodes", {"flat": True})
+        if node["drv"] == "qcow2"
+    ]
+    domain.qmp("block-dirty-bitmap-add", {"node": node, "name": "backup0"})
+    words = ("--target", "vda", "--bitmap", "backup0", "--merge", "--checkpoint", vda.reference)
+    assert "is not persistent, which a checkpoint needs" in attach(domain, *words, status=2).stderr
+    assert posthoc_names(domain) == []
+    assert domain.virsh("checkpoint-list", "--name").split() == []
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`posthoc attach`: what it refuses, in one line, and what it says of what it did."""
 
+import contextlib
 import json
 import os
 import pathlib
+import pty
+import re
+import subprocess
 
 import pytest
 
@@ -135,6 +139,42 @@ def test_text_says_what_to_do_next(tmp_path: pathlib.Path) -> None:
     assert result.stderr == (
         "posthoc: disk0 (raw) holds no persistent bitmap: this one is lost when QEMU ends\n"
     )
+
+
+def test_progress_bar_on_a_terminal(tmp_path: pathlib.Path) -> None:
+    """One bar at a time, for each disk, on stderr only; results are not mixed with it."""
+    first, second = (attaching.pair(tmp_path, node=name) for name in ("disk0", "disk1"))
+    with running.running(first.live, second.live) as vm:
+        words = ("attach", "--qmp", vm.qmp, "--json", "--rate", "64M", "--directory", vm.folder)
+        wishes = [f"--disk={disks.live.node}={disks.reference}:b" for disks in (first, second)]
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            command.words(*words, *wishes),
+            env=command.environment({"TERM": "xterm"}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+        ) as process:
+            os.close(theirs)
+            shown = read_all(ours)
+            assert process.stdout is not None
+            facts = json.loads(process.stdout.read())
+    assert process.returncode == 0
+    assert [disk["node"] for disk in facts["disks"]] == ["disk0", "disk1"]
+    assert re.search(r"scanning .*\d+\.\d/32\.0 MiB", shown)
+    assert shown.count("complete") >= 2
+    assert "disk1 (raw) holds no persistent bitmap" in shown
+
+
+def read_all(terminal: int) -> str:
+    """Read what is written to a terminal until nobody has it open any more, and close it."""
+    parts = []
+    with os.fdopen(terminal, "rb", buffering=0) as file:
+        # Linux's answer to reading from a terminal that nobody has open: EIO.
+        with contextlib.suppress(OSError):
+            while part := file.read(1 << 16):
+                parts.append(part)
+    return b"".join(parts).decode()
 
 
 @pytest.mark.parametrize("options", [[], ["--transient"]], ids=["persistent", "transient"])

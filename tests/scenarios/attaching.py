@@ -69,9 +69,12 @@ def request(vm: running.Qemu, disks: Pair, **options: Any) -> examined.Request:
     return examined.Request((wish,), **{"directory": str(private(vm)), **options})
 
 
-def attach_here(vm: running.Qemu, disks: Pair, **options: Any) -> None:
+def attach_here(vm: running.Qemu, disks: Pair, **options: Any) -> attached.Outcome:
     """The same within this process, which is quicker; raises what the command would tell."""
-    trio.run(attached.attach, lambda: qmp.connect(vm.qmp), request(vm, disks, **options))
+    (outcome,) = trio.run(
+        attached.attach, lambda: qmp.connect(vm.qmp), request(vm, disks, **options)
+    )
+    return outcome
 
 
 def private(vm: running.Qemu) -> pathlib.Path:

@@ -2,15 +2,16 @@
 """`posthoc attach` on a real QEMU that is written to: nothing is missed, and nothing is left behind."""
 
 import dataclasses
-import json
+import logging
 import pathlib
 import signal
 import subprocess
 
-import nbd
+import nbd as libnbd
 import pytest
 
 from dirtymap import errors
+from dirtymap.images import nbd
 from posthoc.sessions import attached
 from tests import command, qemu, wait
 from tests.posthoc.qemu import running
@@ -34,24 +35,31 @@ def test_writes_during_attach_are_all_in_the_bitmap(
     system: bool,
     format: str,  # noqa: A002
     iothread: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With hundreds of writes a second all the while, the incremental over the reference is the disk.
+    """Writes land before, in and behind each part of the disk while it is read, and after that: none is missed.
 
     Judges: QEMU's own blockdev-backup with qemu-img compare, and the bytes of a raw disk.
     """
     disks = attaching.pair(tmp_path, format)
-    options = ["--rate", attaching.RATE, "--json"]
-    options += ["--accept-iothread-risk"] if iothread else []
+    ask = nbd.Connection.read
     with running.running(disks.live, system=system, iothread=iothread) as vm:
-        with running.writing(vm, "disk0", attaching.SIZE) as writer:
-            before = writer.count
-            result = attaching.attach(vm, disks, *options, *attaching.server(vm))
-            during = writer.count - before
-            wait.until(lambda: writer.count > before + during + 20, "writes after it is done")
-        assert during >= 10
-        (facts,) = json.loads(result.stdout)["disks"]
-        assert facts["state"] == "complete"
-        assert facts["persistent"] == (format == "qcow2")
+        server = None if system else str(vm.server)
+        with running.chasing(vm, "disk0", attaching.SIZE) as chaser:
+
+            def read(connection: nbd.Connection, start: int, buffer: memoryview) -> None:
+                chaser.read(start, len(buffer), lambda: ask(connection, start, buffer))
+
+            monkeypatch.setattr(nbd.Connection, "read", read)
+            outcome = attaching.attach_here(
+                vm, disks, workers=1, accept_iothread_risk=iothread, nbd_server=server
+            )
+            done = chaser.count
+            wait.until(lambda: chaser.count > done + 20, "writes after it is done")
+        assert chaser.reads >= 32
+        assert min(chaser.landed.values()) >= chaser.reads - 1
+        assert outcome.statistics.state == "complete"
+        assert outcome.disk.target.persistent == (format == "qcow2")
         bitmap = vm.bitmaps("disk0")
         assert bitmap.keys() == {"backup0"}
         assert bitmap["backup0"]["recording"]
@@ -105,7 +113,7 @@ def test_quiet_disk_gives_the_exact_difference(tmp_path: pathlib.Path) -> None:
 
 
 def test_several_disks_are_recorded_from_one_instant(tmp_path: pathlib.Path) -> None:
-    """Every disk's bitmap is right, and all began to record in one transaction."""
+    """Every disk's bitmap is right, with all of them written all the while."""
     first, second = (attaching.pair(tmp_path, node=name) for name in ("disk0", "disk1"))
     with running.running(first.live, second.live, system=True) as vm:
         with (
@@ -119,6 +127,34 @@ def test_several_disks_are_recorded_from_one_instant(tmp_path: pathlib.Path) -> 
             )
         for disks in (first, second):
             assert attaching.agree(vm, disks)
+
+
+def test_bitmap_is_not_known_before_it_is_whole(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Looked at from another monitor at each step: there is none of the name, or it has every bit."""
+    disks = attaching.pair(tmp_path)
+    counts: dict[str, int | None] = {}
+    with running.running(disks.live, system=True) as vm:
+
+        def look(record: logging.LogRecord) -> bool:
+            step = record.getMessage()
+            if step == "scanned":
+                vm.write("disk0", 200 * attaching.GRANULARITY, 4096, 7)
+            counts[step] = vm.bitmaps("disk0").get("backup0", {}).get("count")
+            return True
+
+        logger = logging.getLogger("posthoc.sessions.attached")
+        with caplog.at_level(logging.DEBUG, logger.name):
+            logger.addFilter(look)
+            try:
+                attaching.attach_here(vm, disks)
+            finally:
+                logger.removeFilter(look)
+    assert tuple(counts) == attached.STEPS
+    published = attached.STEPS.index("published")
+    assert {counts[step] for step in attached.STEPS[:published]} == {None}
+    assert {counts[step] for step in attached.STEPS[published:]} == {5 * attaching.GRANULARITY}
 
 
 @pytest.mark.parametrize("step", attached.STEPS)
@@ -217,7 +253,7 @@ def test_bitmap_of_a_session_killed_twice_is_gone_on_with(tmp_path: pathlib.Path
         assert vm.bitmaps("disk0").keys() == {"backup0"}
 
 
-@pytest.mark.parametrize("step", ["recording", "exported", "scanned", "opened", "verifying"])
+@pytest.mark.parametrize("step", attached.STEPS[:-1])
 def test_qemu_killed_at_a_step_is_one_clear_line(tmp_path: pathlib.Path, step: str) -> None:
     """posthoc says that QEMU has gone, exits with 2 and removes its files."""
     disks = attaching.pair(tmp_path)
@@ -339,7 +375,7 @@ def test_client_that_goes_takes_an_old_qemu_with_an_iothread_along(tmp_path: pat
         address = {"type": "unix", "data": {"path": str(vm.folder / "nbd")}}
         vm.client("nbd-server-start", {"addr": address})
         vm.client("block-export-add", {"type": "nbd", "id": "e", "name": "e", "node-name": "disk0"})
-        reader = nbd.NBD()
+        reader = libnbd.NBD()
         reader.connect_uri(qemu.uri(vm.folder / "nbd", "e"))
         reader.shutdown()
         if old:

@@ -9,6 +9,7 @@ used, posthoc is told of it (`Qemu.server`).
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -311,7 +312,7 @@ def folder() -> Iterator[pathlib.Path]:
 
 
 class Writer(threading.Thread):
-    """Writes random blocks of one node, some hundreds a second, until stopped; counts them."""
+    """Writes random blocks of one node, one a millisecond at most, until stopped; counts them."""
 
     def __init__(self, write: Callable[[int, int, int], None], size: int, seed: int = 1) -> None:
         super().__init__(daemon=True)
@@ -325,11 +326,17 @@ class Writer(threading.Thread):
     def run(self) -> None:
         try:
             while not self.ending.wait(0.001):
-                start = self.random.randrange(self.size // BLOCK) * BLOCK
-                self.write(start, BLOCK, self.random.randrange(1, 256))
+                self.write_one()
                 self.count += 1
         except BaseException as error:  # noqa: BLE001 - told by stop()
             self.error = error
+
+    def write_one(self) -> None:
+        self.write_within(0, self.size)
+
+    def write_within(self, first: int, last: int) -> None:
+        start = self.random.randrange(first // BLOCK, last // BLOCK) * BLOCK
+        self.write(start, BLOCK, self.random.randrange(1, 256))
 
     def stop(self) -> None:
         self.ending.set()
@@ -339,13 +346,70 @@ class Writer(threading.Thread):
             raise self.error
 
 
+class Chaser(Writer):
+    """Writes before, in and behind the place that a scan reads, in turn; `landed` counts each."""
+
+    reading = range(0)
+
+    def __init__(self, write: Callable[[int, int, int], None], size: int) -> None:
+        super().__init__(write, size)
+        self.landed = dict.fromkeys(("before", "in", "behind"), 0)
+        self.reads = 0
+
+    def write_one(self) -> None:
+        reading = self.reading
+        for where, (first, last) in self.places(reading).items():
+            self.write_within(first, last)
+            if reading is self.reading:
+                self.landed[where] += 1
+
+    def places(self, reading: range) -> dict[str, tuple[int, int]]:
+        """The places around `reading` that have room for a block."""
+        before, behind = (0, reading.start), (reading.stop, self.size)
+        all_of_them = {"before": before, "in": (reading.start, reading.stop), "behind": behind}
+        return {
+            where: (first, last)
+            for where, (first, last) in all_of_them.items()
+            if last - first >= BLOCK
+        }
+
+    def read(self, start: int, length: int, ask: Callable[[], None]) -> None:
+        """Read by `ask`, and return when a write to each place has been begun and has ended meanwhile."""
+        self.reading = range(start, start + length)
+        before = dict(self.landed)
+        ask()
+        wait.until(
+            lambda: (
+                self.error
+                or all(self.landed[where] > before[where] for where in self.places(self.reading))
+            ),
+            "writes around what is read",
+        )
+        self.reads += 1
+
+
 @contextlib.contextmanager
-def writing(vm: Qemu, node: str, size: int) -> Iterator[Writer]:
-    """Write to `node` while the block runs; the first hundred writes are done when it begins."""
-    writer = Writer(lambda start, length, pattern: vm.write(node, start, length, pattern), size)
+def stopped_at_the_end(writer: Writer) -> Iterator[None]:
+    """Let `writer` write while the block runs; the first hundred writes are done when it begins."""
     writer.start()
     try:
         wait.until(lambda: writer.count > 100 or writer.error, "the writer writes")
-        yield writer
+        yield
     finally:
         writer.stop()
+
+
+@contextlib.contextmanager
+def writing(vm: Qemu, node: str, size: int) -> Iterator[Writer]:
+    """Write to random places of `node` while the block runs."""
+    writer = Writer(functools.partial(vm.write, node), size)
+    with stopped_at_the_end(writer):
+        yield writer
+
+
+@contextlib.contextmanager
+def chasing(vm: Qemu, node: str, size: int) -> Iterator[Chaser]:
+    """Write around what is read while the block runs (Chaser.read)."""
+    chaser = Chaser(functools.partial(vm.write, node), size)
+    with stopped_at_the_end(chaser):
+        yield chaser

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -251,6 +252,36 @@ async def test_bitmap_that_lacks_what_was_merged_is_not_left(
         here.monitor.change = None
         await here.attach()
         assert here.vm.bitmaps("disk0")["backup0"]["count"] == 2 * (64 << 10)
+
+
+async def test_several_disks_begin_and_end_in_one_transaction(tmp_path: pathlib.Path) -> None:
+    """One instant for all: the recording bitmaps are added together, and together become what was asked for."""
+    async with bench(tmp_path) as here:
+        other = tmp_path / "other.raw"
+        qemu.create(other, SIZE)
+        here.vm.client("blockdev-add", running.Disk("disk1", other).blockdev())
+        (wish,) = here.request.wishes
+        wishes = (wish, dataclasses.replace(wish, disk="disk1"))
+        here.request = dataclasses.replace(here.request, wishes=wishes)
+        added: list[list[tuple[str, str]]] = []
+
+        def look(command: proxy.Message) -> None:
+            actions = command.get("arguments", {}).get("actions", ())
+            assert command["execute"] != "block-dirty-bitmap-add"
+            added.append(
+                [
+                    (action["data"]["node"], re.sub("^posthoc-.{8}-", "", action["data"]["name"]))
+                    for action in actions
+                    if action["type"] == "block-dirty-bitmap-add"
+                ]
+            )
+
+        here.monitor.change = look
+        await here.attach()
+    recording, publishing, *_ = [names for names in added if names]
+    assert recording[1:] == [("disk0", "for-backup0"), ("disk1", "for-backup0")]
+    assert ("disk0", "backup0") in publishing
+    assert ("disk1", "backup0") in publishing
 
 
 async def test_size_changed_meanwhile_is_told(tmp_path: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ import trio
 
 from dirtymap import images
 from dirtymap.images import base, export, sizes
-from scanner import priority, progress, scan
+from scanner import plan, priority, progress, scan
 from tests import command, nbdkit, oracle, qemu, wait
 
 MIB = 1 << 20
@@ -314,7 +314,9 @@ def _interrupted(
         live = Interrupted(disks[0].images["raw"], is_under_way, interrupt)
         reference = images.open(server.uri)
         try:
-            yield scan.Scan(live, reference, decisions, read_all=True), decisions
+            # Small chunks: something is decided before the last read has begun.
+            tuning = plan.Tuning(chunk=256 << 10)
+            yield scan.Scan(live, reference, decisions, read_all=True, tuning=tuning), decisions
         finally:
             reference.close()
         assert live.done

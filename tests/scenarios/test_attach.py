@@ -11,8 +11,9 @@ import nbd as libnbd
 import pytest
 
 from dirtymap import errors
-from dirtymap.images import nbd
+from dirtymap.images import export, nbd
 from posthoc.sessions import attached
+from scanner import reader
 from tests import command, qemu, wait
 from tests.posthoc.qemu import running
 from tests.scenarios import attaching
@@ -51,6 +52,9 @@ def test_writes_during_attach_are_all_in_the_bitmap(
                 chaser.read(start, len(buffer), lambda: ask(connection, start, buffer))
 
             monkeypatch.setattr(nbd.Connection, "read", read)
+            # Many parts, for many writes before, in and behind one.
+            monkeypatch.setattr(export.NbdImage, "at_once", 0)
+            monkeypatch.setattr(reader, "PIECE", 512 << 10)
             outcome = attaching.attach_here(
                 vm, disks, workers=1, accept_iothread_risk=iothread, nbd_server=server
             )

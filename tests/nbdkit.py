@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nbdkit as a laboratory: a server that can be killed and started again, and TLS material."""
+"""nbdkit as a laboratory: a server that can be killed and started again, its log, and TLS material."""
 
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from typing import NamedTuple
 
 from tests import qemu, wait
 
@@ -133,3 +135,22 @@ def _certtool(folder: pathlib.Path, name: str, *arguments: str) -> None:
     words = ["certtool", *arguments, "--template", f"{name}.template"]
     words += ["--outfile", f"{name}-cert.pem"]
     subprocess.run(words, cwd=folder, check=True, capture_output=True)
+
+
+class Request(NamedTuple):
+    """A request as nbdkit's log filter has written it down; `holes`: zeros that may be holes."""
+
+    name: str
+    start: int
+    length: int
+    holes: bool
+
+
+def requests(log: pathlib.Path, *names: str) -> list[Request]:
+    """Return the requests of `names` (Read, Write, Zero, Trim) in the file `log` (logfile=)."""
+    found = []
+    pattern = r" (\w+) id=\d+ offset=(0x[0-9a-f]+) count=(0x[0-9a-f]+)(?: trim=([01]))?"
+    for name, start, length, trim in re.findall(pattern, log.read_text()):
+        if name in names:
+            found.append(Request(name, int(start, 16), int(length, 16), trim == "1"))
+    return found

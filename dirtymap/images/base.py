@@ -69,6 +69,17 @@ class DistantImage(Image, Protocol):
 
 
 @runtime_checkable
+class ZeroingImage(WritableImage, Protocol):
+    """One that can make zeros without being sent them. Both calls fail as `write` does."""
+
+    def zero(self, start: int, length: int) -> None:
+        """Make the bytes read as zeros and keep their space."""
+
+    def discard(self, start: int, length: int) -> None:
+        """Make the bytes read as zeros and give up their space where that can be."""
+
+
+@runtime_checkable
 class HashedImage(Image, Protocol):
     """A reference of which only hashes are known: it answers whether bytes are the same."""
 

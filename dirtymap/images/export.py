@@ -276,13 +276,32 @@ class WritableNbdImage(NbdImage):
             raise OSError(errno.EIO, "the server was lost with writes not yet flushed")
 
     def zero(self, start: int, length: int) -> None:
-        """Make the bytes read as zeros; the server may make holes of them."""
+        """Make the bytes read as zeros; what they take on the server's side stays theirs."""
+        self._zero(start, length, holes=False)
+
+    def discard(self, start: int, length: int) -> None:
+        """Make the bytes read as zeros, by holes where the server can.
+
+        NBD_CMD_TRIM alone promises nothing of the bytes (NBD protocol: their contents are undefined), and a
+        hole of a file or a discarded qcow2 cluster reads as zeros: so it is NBD_CMD_WRITE_ZEROES without
+        NBD_CMD_FLAG_NO_HOLE. A server that only trims is believed no more than it says: what is not zeros
+        after it is written.
+        """
+        if self.facts.can_zero or not self.facts.can_trim:
+            self._zero(start, length, holes=True)
+            return
+        self.trim(start, length)
+        for part in self.extents(start, length):
+            if not part.zero:
+                self._zero(part.start, part.length, holes=True)
+
+    def _zero(self, start: int, length: int, *, holes: bool) -> None:
         split = blocks.split(start, length, self.facts.minimum, self.size)
         if split.whole is not None:
             first, count = split.whole
             with self._blocks.shared():
                 if self.facts.can_zero:
-                    self._change(lambda connection: connection.zero(first, count))
+                    self._change(lambda connection: connection.zero(first, count, holes=holes))
                 else:
                     self._write_zeros(first, count)
         for first, count in split.partial:

@@ -41,6 +41,8 @@ IN_FLIGHT = 16
 _LONGEST = 32 << 20
 # Block status is 32-bit on the wire; a multiple of every minimum block size (64 KiB at most).
 _LONGEST_STATUS = (4 << 30) - (64 << 10)
+# A server that writes zeros itself, and no faster than 20 MB/s, still answers one of IN_FLIGHT in time.
+_LONGEST_ZERO = 64 << 20
 # Seconds a server may take for the handshake, and without a single answer to what it was asked.
 CONNECT_PATIENCE = 20.0
 ANSWER_PATIENCE = 60.0
@@ -226,12 +228,13 @@ class Connection:
         """Return when what was written is stable. Raises OSError or LostError."""
         self._run(iter([self._handle.aio_flush]))
 
-    def zero(self, start: int, length: int) -> None:
-        """Make whole blocks read as zeros, with holes where the server likes. Raises like `write`."""
+    def zero(self, start: int, length: int, *, holes: bool) -> None:
+        """Make whole blocks read as zeros, by `holes` where the server likes. Raises like `write`."""
         issue = self._handle.aio_zero
+        flags = 0 if holes else libnbd.CMD_FLAG_NO_HOLE
         self._run(
-            functools.partial(issue, count, at)
-            for at, count in _pieces(start, length, _LONGEST_STATUS)
+            functools.partial(issue, count, at, flags=flags)
+            for at, count in _pieces(start, length, _LONGEST_ZERO)
         )
 
     def trim(self, start: int, length: int) -> None:
@@ -239,7 +242,7 @@ class Connection:
         issue = self._handle.aio_trim
         self._run(
             functools.partial(issue, count, at)
-            for at, count in _pieces(start, length, _LONGEST_STATUS)
+            for at, count in _pieces(start, length, _LONGEST_ZERO)
         )
 
     def status(

@@ -494,14 +494,14 @@ def test_a_model_disk_agrees(
     policy += ["blocksize-error-policy=error"]
     with nbdkit.Server(folder, "--filter=blocksize-policy", "file", path, *policy) as server:
         image = writable(opened(server.uri, writable=True))
-        assert isinstance(image, base.WritableImage)
+        assert isinstance(image, base.ZeroingImage)
         model = bytearray(MIB)
         chosen = random.Random(block)
         for _ in range(200):
             start = chosen.randrange(MIB)
             length = min(chosen.choice((1, 100, 4096, 70_000)), MIB - start)
             if chosen.random() < 0.3:
-                image.zero(start, length)
+                chosen.choice((image.zero, image.discard))(start, length)
                 model[start : start + length] = bytes(length)
             else:
                 data = chosen.randbytes(length)
@@ -549,6 +549,55 @@ def test_zeros_are_written_where_the_server_has_no_zero(
         assert not image.facts.can_zero
         image.zero(1000, MIB - 3000)
     assert path.read_bytes() == b"\xff" * 1000 + bytes(MIB - 3000) + b"\xff" * 2000
+
+
+def test_a_discard_may_make_holes_and_a_zero_may_not(
+    tmp_path: pathlib.Path, opened: Opened, folder: pathlib.Path
+) -> None:
+    """One request each where the server can zero; trim alone would promise nothing of the bytes."""
+    path, log = tmp_path / "disk", tmp_path / "log"
+    path.write_bytes(b"\xff" * MIB)
+    with nbdkit.Server(folder, "--filter=log", "file", path, f"logfile={log}") as server:
+        image = writable(opened(server.uri, writable=True))
+        image.discard(65536, 65536)
+        image.zero(262144, 65536)
+        image.flush()
+        assert read(image, 0, MIB).count(0) == 2 * 65536
+    assert nbdkit.requests(log, "Zero", "Trim", "Write") == [
+        nbdkit.Request("Zero", 65536, 65536, True),
+        nbdkit.Request("Zero", 262144, 65536, False),
+    ]
+
+
+def test_long_zeros_come_in_pieces(
+    tmp_path: pathlib.Path, opened: Opened, folder: pathlib.Path
+) -> None:
+    """A server that is slow to zero answers one piece after the other, and is not given up."""
+    path, log = tmp_path / "disk", tmp_path / "log"
+    qemu.create(path, 150 * MIB)
+    with nbdkit.Server(folder, "--filter=log", "file", path, f"logfile={log}") as server:
+        writable(opened(server.uri, writable=True)).discard(0, 150 * MIB)
+    pieces = [(request.start, request.length) for request in nbdkit.requests(log, "Zero")]
+    assert sorted(pieces) == [(0, 64 * MIB), (64 * MIB, 64 * MIB), (128 * MIB, 22 * MIB)]
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["holes-are-told", "nothing-is-told"])
+def test_a_discard_where_the_server_can_only_trim(
+    tmp_path: pathlib.Path, opened: Opened, folder: pathlib.Path, tells: bool
+) -> None:
+    """It trims, and what it does not call zeros afterwards is written: the bytes are zeros either way."""
+    path, log = tmp_path / "disk", tmp_path / "log"
+    path.write_bytes(b"\xff" * MIB)
+    filters = ["--filter=log", "--filter=nozero", *([] if tells else ["--filter=noextents"])]
+    with nbdkit.Server(folder, *filters, "file", path, f"logfile={log}") as server:
+        image = writable(opened(server.uri, writable=True))
+        image.discard(65536, 65536)
+        image.flush()
+    assert path.read_bytes() == b"\xff" * 65536 + bytes(65536) + b"\xff" * (MIB - 131072)
+    expected = [nbdkit.Request("Trim", 65536, 65536, False)]
+    if not tells:
+        expected.append(nbdkit.Request("Write", 65536, 65536, False))
+    assert nbdkit.requests(log, "Zero", "Trim", "Write") == expected
 
 
 def test_trim_leaves_parts_of_blocks_alone(

@@ -80,6 +80,14 @@ class ZeroingImage(WritableImage, Protocol):
 
 
 @runtime_checkable
+class CachedImage(Image, Protocol):
+    """One that lies in this machine's page cache, which its `read_into` leaves as it was."""
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return the bytes from `start` on, through the page cache, as a guest reads. Raises OSError."""
+
+
+@runtime_checkable
 class HashedImage(Image, Protocol):
     """A reference of which only hashes are known: it answers whether bytes are the same."""
 

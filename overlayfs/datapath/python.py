@@ -3,10 +3,10 @@
 
 Concurrency, and why no write escapes the map:
 
-1. All of this module but `_read`, `_write` and `_sync` runs on the event loop; these three run in worker
-   threads and touch nothing but the image and memory of their own.
-2. `write` marks, and counts itself in flight, before its first `await`: no scan, no other request and
-   no checkpoint can come between. Bytes change only later, in the thread.
+1. All of this module but `_write`, `_sync` and the image's own calls runs on the event loop; these run in
+   worker threads and touch nothing but the image and memory of their own.
+2. `change`, which every write goes through, marks and counts itself in flight before its first `await`: no
+   scan, no other request and no checkpoint can come between. Bytes change only later, in the thread.
 3. A cancel cannot part the two: before the thread has begun it leaves bits of a write that never was
    (dirty too much), and a thread that has begun is waited for, never abandoned.
 4. Bits stay set whatever becomes of the write: an error may have left any part of it on the disk.
@@ -41,7 +41,8 @@ class PythonDisk:
     def __init__(
         self, image: base.Image, record: recorder.Recorder, threads: int = datapath.DEFAULT_THREADS
     ) -> None:
-        self._image = image
+        self.size = image.size
+        self._read = _guests_read(image)
         # Asked once: a check against a protocol costs more than the rest of a request's Python.
         self._writable = image if isinstance(image, base.WritableImage) else None
         self._recorder = record
@@ -50,12 +51,7 @@ class PythonDisk:
         self._in_flight: dict[int, trio.Event] = {}
         self._started = 0
 
-    @property
-    def size(self) -> int:
-        """Bytes, constant."""
-        return self._image.size
-
-    async def read(self, start: int, length: int) -> bytearray:
+    async def read(self, start: int, length: int) -> bytes | bytearray:
         """Return `length` bytes from `start` on; OSError as the image raises it."""
         return await self._request(
             recorder.READ, length, lambda: self._read(start, length), self._threads
@@ -63,18 +59,29 @@ class PythonDisk:
 
     async def write(self, start: int, data: bytes) -> int:
         """Mark, then write all of `data` at `start`; OSError as the image raises it."""
-        self._recorder.mark(start, len(data))
+        await self.change(
+            recorder.WRITE, start, len(data), lambda: self._write(start, data), self._threads
+        )
+        return len(data)
+
+    async def change(
+        self,
+        kind: int,
+        start: int,
+        length: int,
+        work: Callable[[], None],
+        limiter: trio.CapacityLimiter,
+    ) -> None:
+        """Mark, then do `work`, which changes bytes [start, start + length) and no others."""
+        self._recorder.mark(start, length)
         self._started += 1
         number, done = self._started, trio.Event()
         self._in_flight[number] = done
         try:
-            await self._request(
-                recorder.WRITE, len(data), lambda: self._write(start, data), self._threads
-            )
+            await self._request(kind, length, work, limiter)
         finally:
             del self._in_flight[number]
             done.set()
-        return len(data)
 
     async def sync(self, datasync: bool) -> None:
         """Return when all that was written before is on stable storage."""
@@ -102,11 +109,6 @@ class PythonDisk:
 
     # In worker threads
 
-    def _read(self, start: int, length: int) -> bytearray:
-        buffer = bytearray(length)
-        self._image.read_into(start, memoryview(buffer))
-        return buffer
-
     def _write(self, start: int, data: bytes) -> None:
         # The file system lets no write through to a disk that was opened for reading.
         assert self._writable is not None
@@ -115,6 +117,24 @@ class PythonDisk:
     def _sync(self, datasync: bool) -> None:
         if self._writable is not None:
             self._writable.flush(datasync)
+
+
+def _guests_read(image: base.Image) -> Callable[[int, int], bytes | bytearray]:
+    """Return how a guest reads `image`: where that has a cache of its own, through it."""
+    if isinstance(image, base.CachedImage):
+        return image.read
+
+    def read(start: int, length: int) -> bytearray:
+        buffer = bytearray(length)
+        image.read_into(start, memoryview(buffer))
+        return buffer
+
+    return read
+
+
+def threads(count: int) -> str:
+    """Return the number of threads in words."""
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 class PythonDatapath:
@@ -129,7 +149,7 @@ class PythonDatapath:
 
     def description(self) -> str:
         """Return what `status` says of it."""
-        return f"python, {self._threads} thread{'s' * (self._threads != 1)}"
+        return f"python, {threads(self._threads)}"
 
     def open_device(self, mountpoint: str, options: datapath.MountOptions) -> str:
         """Return the mountpoint: pyfuse3 mounts by itself."""

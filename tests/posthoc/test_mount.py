@@ -2,6 +2,7 @@
 """`posthoc mount` as a user meets it: the disk, the map, the status, the ends."""
 
 import json
+import mmap
 import os
 import pathlib
 import signal
@@ -10,7 +11,7 @@ import subprocess
 
 import pytest
 
-from tests import command, oracle, qemu, wait
+from tests import command, oracle, pages, qemu, wait
 from tests.posthoc import images
 from tests.posthoc.images import MIB, SEGMENT
 
@@ -149,6 +150,25 @@ def test_read_only(tmp_path: Path, mountpoint: Path, datapath: str) -> None:
         with pytest.raises(OSError, match="Read-only|Permission"):
             images.overwrite(mount / "disk", 0, b"x")
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+
+
+def test_what_a_guest_has_read_stays_in_the_page_cache(
+    workdir: Path, mountpoint: Path, datapath: str
+) -> None:
+    """A scan leaves the cache as it was; a guest that reads a place reads it again."""
+    live, reference = images.pair(workdir)
+    with command.mounted(live, reference, mountpoint, "--paused", "--datapath", datapath) as mount:
+        with open(live, "rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert 0 not in pages.resident(live)
+        guest = os.open(mount / "disk", os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, MIB) as buffer:
+                assert os.preadv(guest, [buffer], 0) == MIB
+        finally:
+            os.close(guest)
+        assert set(range(MIB // mmap.PAGESIZE)) <= pages.resident(live)
 
 
 def test_a_longer_live_disk_is_compared_with_zeros(tmp_path: Path, mountpoint: Path) -> None:

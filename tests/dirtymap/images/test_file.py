@@ -17,6 +17,7 @@ import pytest
 from dirtymap import errors, images
 from dirtymap.extent import Extent
 from dirtymap.images import base, file, lock, pagecache
+from tests import pages
 
 MIB = 1 << 20
 
@@ -215,19 +216,6 @@ def test_a_refused_lock_leaves_none_behind(disk: Path) -> None:
         images.open(str(disk), writable=True).close()
 
 
-def resident(path: Path) -> set[int]:
-    """The numbers of the pages of `path` that are cached."""
-    with open(path, "rb") as stream:
-        residency = pagecache._Residency(stream.fileno())
-        absent = {
-            page
-            for start, length in residency.absent(0, path.stat().st_size)
-            for page in range(start // mmap.PAGESIZE, (start + length) // mmap.PAGESIZE)
-        }
-        residency.close()
-    return set(range(-(-path.stat().st_size // mmap.PAGESIZE))) - absent
-
-
 def read_in_turns(reader: pagecache.Reader, size: int, threads: int, unaligned: int) -> None:
     """Read all of it with several threads, each every n-th MiB, as a scan's workers do."""
 
@@ -255,14 +243,14 @@ def test_the_page_cache_is_left_as_it_was_found(workdir: Path, unaligned: int) -
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.pread(stream.fileno(), 2 * MIB, MIB)
         os.pread(stream.fileno(), 64 << 10, 7 * MIB + 4096)
-        before = resident(path)
+        before = pages.resident(path)
         assert set(range(MIB // mmap.PAGESIZE, 3 * MIB // mmap.PAGESIZE)) < before
         assert 3 * MIB // mmap.PAGESIZE not in before
     with open(path, "rb") as stream:
         reader = pagecache.Reader(stream.fileno())
         read_in_turns(reader, size, 1 + (unaligned == 0), unaligned)
         reader.close()
-    assert resident(path) == before
+    assert pages.resident(path) == before
 
 
 def test_what_was_written_through_the_cache_is_read_around_it(workdir: Path) -> None:

@@ -66,12 +66,6 @@ class SteppedImage:
         self.threads.add(threading.get_ident())
         self.flushed.append(datasync)
 
-    def zero(self, start: int, length: int) -> None:
-        raise AssertionError
-
-    def trim(self, start: int, length: int) -> None:
-        raise AssertionError
-
     def close(self) -> None:
         pass
 

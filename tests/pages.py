@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages of a file are in the page cache, as mincore(2) says."""
+
+import mmap
+import pathlib
+
+from dirtymap.images import pagecache
+
+
+def resident(path: pathlib.Path) -> set[int]:
+    """Return the numbers of the pages of `path` that are cached."""
+    with open(path, "rb") as stream:
+        residency = pagecache._Residency(stream.fileno())
+        absent = {
+            page
+            for start, length in residency.absent(0, path.stat().st_size)
+            for page in range(start // mmap.PAGESIZE, (start + length) // mmap.PAGESIZE)
+        }
+        residency.close()
+    return set(range(-(-path.stat().st_size // mmap.PAGESIZE))) - absent

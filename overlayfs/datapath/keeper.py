@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,22 +62,25 @@ def _usable(path: Path) -> Path:
 
 @dataclass
 class Descriptors:
-    """What must outlive every process: each of them holds all of it. `direct` may be None."""
+    """What must outlive every process: each of them holds all of it. -1 is none.
 
-    fuse: int
-    live: int
+    There is no `fuse` before it is mounted, no `live` where the session serves the disk, and `direct` only
+    where the page cache is gone around.
+    """
+
     memory: int
     session: socket.socket  # the server's end
     peer: socket.socket  # pyfuse3's end
-    direct: int | None = None
+    fuse: int = -1
+    live: int = -1
+    direct: int = -1
 
     def close(self) -> None:
         """Close them, but not the memory, whose owner has mapped it; idempotent."""
         for fd in (self.fuse, self.live, self.direct):
-            if fd is not None and fd >= 0:
+            if fd >= 0:
                 os.close(fd)
-        self.fuse = self.live = -1
-        self.direct = None
+        self.fuse = self.live = self.direct = -1
         self.session.close()
         self.peer.close()
 
@@ -95,11 +98,10 @@ def spawn(
     NativeUnavailable.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    direct = -1 if descriptors.direct is None else descriptors.direct
     numbers = [
         descriptors.fuse,
         descriptors.live,
-        direct,
+        descriptors.direct,
         descriptors.memory,
         descriptors.session.fileno(),
         theirs.fileno(),
@@ -200,11 +202,11 @@ def adopt(path: Path) -> tuple[socket.socket, Descriptors]:
     for fd in fds:
         os.set_inheritable(fd, False)
     peer, session = (socket.socket(fileno=fd) for fd in fds[:2])
-    direct = fds[5] if len(fds) > 5 else None
-    return connection, Descriptors(fds[3], fds[4], fds[2], session, peer, direct)
+    memory, fuse, live, *direct = fds[2:]
+    return connection, Descriptors(memory, session, peer, fuse, live, direct[0] if direct else -1)
 
 
-def pair(buffer: int) -> Sequence[socket.socket]:
+def pair(buffer: int) -> tuple[socket.socket, socket.socket]:
     """Return the two ends of the control requests' way, each with room for `buffer` bytes if it may."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     so_sndbufforce = 32
@@ -215,3 +217,9 @@ def pair(buffer: int) -> Sequence[socket.socket]:
             with contextlib.suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, so_sndbufforce, buffer)
     return ends
+
+
+def room(end: socket.socket) -> int:
+    """Return the bytes of data that a packet may carry beside its header: whole pages."""
+    whole = end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // mmap.PAGESIZE - 2
+    return max(whole, 1) * mmap.PAGESIZE

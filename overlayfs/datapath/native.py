@@ -6,56 +6,44 @@
               all else       v  |             shared memory: write bitmap, statistics, what a successor needs
                            pyfuse3 in the session
 
-    keeper (C): parent of the server, holds every descriptor; when the server dies it starts the next
+The session may be busy, stopped or killed: the disk goes on. A session that is lost is made good by the
+keeper (its command line is in the shared memory) or by whoever calls `NativeDatapath.adopt`.
 
-The session may be busy, stopped or killed: the disk goes on. What is lost with a process is made good by
-another: the server's by the keeper, the keeper by its standby (or by the session, where both are killed), the
-session by the keeper (its command line is in the shared memory) or by whoever calls `NativeDatapath.adopt`.
-
-Only for a live disk that is a file descriptor: a raw file or a block device.
+Only for a live disk that is a file descriptor: a raw file or a block device. (forward.py: for others.)
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import stat
-import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyfuse3
 import trio
 
 from dirtymap import bitmap, errors
 from overlayfs import datapath
-from overlayfs.datapath import keeper, kernel, shared
+from overlayfs.datapath import keeper, kept, shared
 from overlayfs.datapath.keeper import NativeUnavailable
+from overlayfs.datapath.kept import SOCKET_BUFFER
 
 __all__ = ["NativeDatapath", "NativeUnavailable"]
-
-log = logging.getLogger(__name__)
 
 # Measured: two threads for what lies in the page cache, four to keep a device busy with O_DIRECT.
 CACHED_THREADS, DEVICE_THREADS = 2, 4
 # 128 KiB requests beat 1 MiB: they spread over the threads and stay in the processor's cache.
 MAX_WRITE = 128 * 1024
-# Room in the socket to pyfuse3 for two of the largest packets, well below the usual wmem_max.
-SOCKET_BUFFER = 208 * 1024
 
 # From <linux/fuse.h>, INIT's flags.
 FUSE_ASYNC_DIO = 1 << 15
 FUSE_DIRECT_IO_ALLOW_MMAP = 1 << 36
-FUSE_HAS_RESEND = 1 << 39
-
-_SELF_TEST = 5.0
-_STOP_PATIENCE = 15.0
-_KEEPER_TRIES = 5
-_PAUSE, _RETRY = 0.002, 0.5
+_ABILITIES = {
+    **kept.NOT_REPLACED,
+    FUSE_ASYNC_DIO: "without asynchronous direct I/O",
+    FUSE_DIRECT_IO_ALLOW_MMAP: "without shared mappings",
+}
 
 
 class _ServedElsewhere:
@@ -84,22 +72,12 @@ class NativeDatapath:
     Made by `create` for a new mount or by `adopt` for one that is being served; closed by the caller.
     """
 
-    def __init__(
-        self, memory: shared.Memory, path: Path, program: Path, log_path: Path | None
-    ) -> None:
+    def __init__(self, memory: shared.Memory, mount: kept.KeptMount, live: int) -> None:
         self.memory = memory
         self.recorder = shared.SharedRecorder(memory)
-        self._path = path
-        self._program = program
-        self._log = log_path
-        self._descriptors: keeper.Descriptors | None = None
-        self._connection: socket.socket | None = None
-        self._keeper: subprocess.Popen[bytes] | None = None
-        self._live = -1
-        self._direct: int | None = None
-        self._socket_buffer = SOCKET_BUFFER
-        self._adopted = self._left = False
-        self.disk: datapath.Disk = _ServedElsewhere(-1, memory.size)
+        self._mount = mount
+        self._live = live
+        self.disk: datapath.Disk = _ServedElsewhere(live, memory.size)
 
     @classmethod
     def create(
@@ -126,6 +104,7 @@ class NativeDatapath:
         program = keeper.program()
         device = stat.S_ISBLK(os.fstat(live).st_mode)
         chosen = threads or (DEVICE_THREADS if device or cache == "none" else CACHED_THREADS)
+        direct = _open_direct(live, read_only=read_only) if cache == "none" else -1
         memory = shared.Memory.create(
             size,
             granularity,
@@ -134,13 +113,11 @@ class NativeDatapath:
             read_only=read_only,
             scan_length=scan_length,
         )
-        made = cls(memory, path, program, log)
-        made._live = os.dup(live)
-        made._socket_buffer = socket_buffer
-        made.disk = _ServedElsewhere(made._live, size)
-        if cache == "none":
-            made._direct = _open_direct(live, read_only=read_only)
-        return made
+        descriptors = keeper.Descriptors(
+            memory.fd, *keeper.pair(socket_buffer), live=os.dup(live), direct=direct
+        )
+        mount = kept.KeptMount(memory, descriptors, path, program=program, log_path=log)
+        return cls(memory, mount, os.dup(live))
 
     @classmethod
     def adopt(cls, path: Path, *, log: Path | None = None) -> NativeDatapath:
@@ -150,13 +127,15 @@ class NativeDatapath:
         """
         connection, descriptors = keeper.adopt(path)
         memory = shared.Memory(descriptors.memory)
-        made = cls(memory, path, keeper.program(), log)
-        made._adopted = True
-        made._connection = connection
-        made._descriptors = descriptors
-        made._live = os.dup(descriptors.live)
-        made.disk = _ServedElsewhere(made._live, memory.size)
-        return made
+        mount = kept.KeptMount(
+            memory,
+            descriptors,
+            path,
+            program=keeper.program(),
+            log_path=log,
+            connection=connection,
+        )
+        return cls(memory, mount, os.dup(descriptors.live))
 
     @property
     def live(self) -> int:
@@ -184,183 +163,31 @@ class NativeDatapath:
 
     def description(self) -> str:
         """Return what `status` says of it, with what this kernel cannot do."""
-        header = self.memory.header
-        count = int(header.threads)
-        parts = [f"native, {count} thread{'s' * (count != 1)}"]
-        if header.init_length:
-            offered = int(header.kernel_flags)
-            for flag, missing in (
-                (FUSE_HAS_RESEND, "not replaced when killed"),
-                (FUSE_ASYNC_DIO, "without asynchronous direct I/O"),
-                (FUSE_DIRECT_IO_ALLOW_MMAP, "without shared mappings"),
-            ):
-                if not offered & flag:
-                    parts.append(missing)
-        return "; ".join(parts) + (" (this kernel is too old)" if len(parts) > 1 else "")
+        count = int(self.memory.header.threads)
+        return f"native, {count} thread{'s' * (count != 1)}" + self._mount.lacks(_ABILITIES)
 
     def open_device(self, mountpoint: str, options: datapath.MountOptions) -> str:
-        """Mount, start the keeper, see INIT arrive; return pyfuse3's end of the socket as /dev/fd/N.
-
-        Raises NativeUnavailable, with nothing left behind, if the program does not serve within 5 s.
-        """
-        if not self._adopted:
-            self._start(mountpoint, options)
-        assert self._descriptors is not None
-        # libfuse closes what it is given.
-        return f"/dev/fd/{os.dup(self._descriptors.peer.fileno())}"
-
-    def _start(self, mountpoint: str, options: datapath.MountOptions) -> None:
-        fuse = kernel.mount(mountpoint, options)
-        server_end, our_end = keeper.pair(self._socket_buffer)
-        self._descriptors = keeper.Descriptors(
-            fuse, os.dup(self._live), self.memory.fd, server_end, our_end, self._direct
-        )
-        try:
-            self._keeper, self._connection = keeper.spawn(
-                self._program, self._path, self._descriptors, self._log
-            )
-            self._test()
-        except BaseException:
-            kernel.unmount(mountpoint)
-            self.close_device()
-            raise
-
-    def _test(self) -> None:
-        """Wait until the server has read INIT from the kernel."""
-        assert self._keeper is not None
-        end = time.monotonic() + _SELF_TEST
-        while not self.memory.header.init_length:
-            status = self._keeper.poll()
-            if status is not None:
-                raise NativeUnavailable(f"{self._program} ended with status {status}")
-            if time.monotonic() > end:
-                raise NativeUnavailable(f"{self._program} does not serve within {_SELF_TEST:.0f} s")
-            time.sleep(0.001)
+        """Mount, unless it is adopted; return pyfuse3's end of the socket. Raises NativeUnavailable."""
+        return self._mount.open_device(mountpoint, options)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Replace a keeper that dies; end pyfuse3 when the mount is gone. Ends the server when cancelled."""
-        task_status.started()
-        try:
-            while await self._hear() != b"gone":
-                await trio.to_thread.run_sync(self._replace_keeper)
-            pyfuse3.terminate()
-            await trio.sleep_forever()
-        finally:
-            # With it ends the connection, and with that whatever still waits for an answer.
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.close_device)
-
-    async def _hear(self) -> bytes:
-        """Return the keeper's next word, b"" if it is dead."""
-        assert self._connection is not None
-        await trio.lowlevel.wait_readable(self._connection)
-        try:
-            return self._connection.recv(64)
-        except OSError:
-            return b""
-
-    def _replace_keeper(self) -> None:
-        """Go on with the keeper's standby, or start the next keeper where that is dead too.
-
-        What is left of the old ones is ended by the new. Raises after some failures.
-        """
-        assert self._descriptors is not None
-        assert self._connection is not None
-        self._reap()
-        self._connection.close()
-        for attempt in range(_KEEPER_TRIES):
-            if self._resumed():
-                return
-            log.warning("keeper died: the next one is started attempt=%d", attempt + 1)
-            try:
-                self._keeper, self._connection = keeper.spawn(
-                    self._program, self._path, self._descriptors, self._log
-                )
-            except NativeUnavailable as error:
-                # Processes or memory may be short for a moment.
-                log.warning("%s", error)
-                time.sleep(_RETRY)
-                continue
-            if self._keeper_stands():
-                return
-            self._connection.close()
-        raise RuntimeError("no keeper can be started")
-
-    def _resumed(self) -> bool:
-        """Connect to the standby that has become the keeper; False where nobody is left to become it."""
-        header = self.memory.header
-        while True:
-            # In this order: a standby that takes over is the keeper before it has a standby of its own.
-            lives = any(
-                keeper.is_alive(pid, start)
-                for pid, start in (
-                    (header.standby_pid, header.standby_start),
-                    (header.keeper_pid, header.keeper_start),
-                )
-            )
-            connection = keeper.resume(self._path)
-            if connection is not None:
-                self._connection = connection
-                return True
-            if not lives:
-                return False
-            time.sleep(_PAUSE)
-
-    def _keeper_stands(self) -> bool:
-        """Wait until the keeper that was started keeps, or is dead."""
-        assert self._keeper is not None
-        while self.memory.header.keeper_pid != self._keeper.pid:
-            if self._keeper.poll() is not None:
-                return False
-            time.sleep(_PAUSE)
-        return True
-
-    def _reap(self) -> None:
-        if self._keeper is not None:
-            self._keeper.wait()
-            self._keeper = None
+        """Keep the mount served. Ends the server when cancelled."""
+        await self._mount.run(task_status=task_status)
 
     def leave(self) -> bool:
         """Leave the disk being served to the next session; False where nobody would start one or serve it."""
-        header = self.memory.header
-        self._left = not header.ending and keeper.is_alive(header.keeper_pid, header.keeper_start)
-        return self._left
+        return self._mount.leave()
 
     def close_device(self) -> None:
-        """Let the server finish what it has begun, end it and the keeper, and close the connection.
+        """End server, keeper and connection; after `leave` the connection only.
 
-        After `leave` only the connection is closed.
-
-        Idempotent. The write bitmap and the statistics remain readable.
+        The write bitmap and the statistics remain readable.
         """
-        descriptors, self._descriptors = self._descriptors, None
-        if descriptors is None:
-            return
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            if not self._left:
-                self._stop(connection)
-            connection.close()
-        descriptors.close()
-        self._direct = None
-        if not self._left:
-            self._reap()
-
-    def _stop(self, connection: socket.socket) -> None:
-        """Ask the keeper to end, and return when it has: its connection ends with it."""
-        connection.settimeout(_STOP_PATIENCE)
-        try:
-            connection.send(b"stop")
-            while connection.recv(64):
-                pass
-        except TimeoutError:
-            log.error("the data path does not end: the disk hangs")
-        except OSError:
-            pass  # it is dead, or has ended because the mount is gone
+        self._mount.close()
 
     async def drain(self) -> None:
         """Return when every write that had begun at the call is done, failed or not."""
-        await trio.to_thread.run_sync(self._ask, "drain")
+        await trio.to_thread.run_sync(self._mount.ask, "drain")
 
     async def swap(self) -> bitmap.Bitmap:
         """Return the write bitmap and begin an empty one.
@@ -369,22 +196,12 @@ class NativeDatapath:
         that adopts the mount finds them written again: this one died before it made use of them.
         """
         await self.commit()
-        await trio.to_thread.run_sync(self._ask, "swap")
+        await trio.to_thread.run_sync(self._mount.ask, "swap")
         return self.memory.taken.copy()
 
     async def commit(self) -> None:
         """Forget what the last `swap` took: whoever wanted it has it on stable storage."""
-        await trio.to_thread.run_sync(self._ask, "commit")
-
-    def _ask(self, word: str) -> None:
-        answer = keeper.ask(self._path, word)
-        if answer != "ok":
-            raise errors.UserError(f"the data path does not {word}: {answer}")
-
-    def pids(self) -> tuple[int, int]:
-        """Return the processes of the keeper and the server (0 while there is none)."""
-        keeping, serving, _ = map(int, keeper.ask(self._path, "pids").split())
-        return keeping, serving
+        await trio.to_thread.run_sync(self._mount.ask, "commit")
 
     def close(self) -> None:
         """Close everything; idempotent."""
@@ -392,9 +209,6 @@ class NativeDatapath:
         if self._live >= 0:
             os.close(self._live)
             self._live = -1
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
         self.memory.close()
 
 

@@ -254,13 +254,24 @@ static const struct operation *operation_of(const struct worker *worker)
     return operations[head->opcode].serve ? &operations[head->opcode] : NULL;
 }
 
+/* What pyfuse3 would say ENOSYS to for one of its files, whereupon the kernel asks it of the disk no more:
+ * no hole would be made or found after a `cp` of the status. */
+static bool refuse_others(struct worker *worker)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    if (head->nodeid == DISK_INODE || (head->opcode != FUSE_FALLOCATE && head->opcode != FUSE_LSEEK))
+        return false;
+    worker_reply(worker, head->unique, head->opcode == FUSE_LSEEK ? EINVAL : EOPNOTSUPP, 0);
+    return true;
+}
+
 bool disk_serve(struct worker *worker)
 {
     const struct fuse_in_header *head = (void *)worker_request(worker);
     const struct operation *operation = operation_of(worker);
     struct server *server = worker->server;
     if (!operation)
-        return false;
+        return refuse_others(worker);
     if (!operation->heavy) {
         serve(worker, operation);
         return true;
@@ -279,7 +290,7 @@ bool disk_serve_later(struct worker *worker)
     const struct operation *operation = operation_of(worker);
     struct server *server = worker->server;
     if (!operation)
-        return false;
+        return refuse_others(worker);
     if (!queue_push(operation->heavy ? server->slow : server->late, head, head->len))
         serve(worker, operation);
     return true;

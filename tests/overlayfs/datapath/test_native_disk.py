@@ -145,6 +145,20 @@ def test_hole_across_the_end_ends_there(mount: native.Native) -> None:
     assert mount.live.stat().st_size == SIZE
 
 
+def test_other_files_have_no_holes_and_the_disk_keeps_its_own(mount: native.Native) -> None:
+    """What is refused of one file is not refused of all: the kernel, told ENOSYS once, would ask no more."""
+    status = mount.mountpoint / "status.json"
+    subprocess.run(["cp", status, mount.folder / "copy"], check=True)
+    with opened(status, os.O_RDONLY) as file:
+        assert refused(os.lseek, file, 0, os.SEEK_DATA) == errno.EINVAL
+    with opened(mount.mountpoint / "control", os.O_WRONLY) as control:
+        number = refused(fallocate, control, PUNCH_HOLE | KEEP_SIZE, 0, 1)
+        assert number == errno.EOPNOTSUPP
+    with opened(mount.disk) as disk:
+        fallocate(disk, PUNCH_HOLE | KEEP_SIZE, 1 << 20, 1 << 20)
+        assert os.lseek(disk, 0, os.SEEK_HOLE) == 1 << 20
+
+
 def test_read_only(serve: Serve) -> None:
     """Nothing changes, and nothing is marked."""
     with serve(read_only=True) as it:

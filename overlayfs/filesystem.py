@@ -39,7 +39,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 
-from overlayfs import datapath
+from overlayfs import allocation, datapath
 
 log = logging.getLogger(__name__)
 
@@ -372,7 +372,23 @@ class Filesystem(pyfuse3.Operations):
         """Forget an opener's contents."""
         self._contents.pop(fh, None)
 
-    # Not given: flush, access, xattr, poll, locks. pyfuse3 answers ENOSYS, and the kernel, having heard
+    @answered
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """Do fallocate(2), which the server before pyfuse3 sends under this name; there are no attributes."""
+        disk = self._disk
+        if name != allocation.NAME or not isinstance(disk, datapath.DiscardingDisk):
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+        if inode != DISK_INODE:
+            # Not ENOSYS, for which the kernel would ask of the disk no more either.
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        if self._read_only:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        change = allocation.change(value, disk.size)
+        await (disk.discard if change.punch else disk.zero)(change.start, change.length)
+
+    # Not given: flush, access, getxattr, poll, locks. pyfuse3 answers ENOSYS, and the kernel, having heard
     # it once, does each by itself: close(2) succeeds, default_permissions decides access, attributes
     # are "not supported" (asked otherwise before *every* write, for security.capability).
 

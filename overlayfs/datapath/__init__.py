@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disk's own reads and writes, in one of several ways behind one interface.
 
-`python` is the reference form: requests come through pyfuse3, file I/O is done by worker threads.
-`native` serves them in a program of its own. Whichever it is, one rule holds:
+`python` is the reference form: requests come through pyfuse3, image I/O is done by worker threads.
+`native` serves a file in a program of its own. `forward` is python behind that program, for a disk that is
+no file. Whichever it is, one rule holds:
 
     a write's segments are marked in the recorder before the first of its bytes may change.
 
@@ -14,7 +15,7 @@ In whose order a session uses a data path:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import trio
 
@@ -57,6 +58,17 @@ class Disk(Protocol):
 
     async def sync(self, datasync: bool) -> None:
         """Return when all writes that were answered before are on stable storage."""
+
+
+@runtime_checkable
+class DiscardingDisk(Disk, Protocol):
+    """One that fallocate(2) reaches through pyfuse3 (allocation.py). Checked and failing like the others."""
+
+    async def discard(self, start: int, length: int) -> None:
+        """Make the bytes read as zeros, marked before, and give up their space where that can be."""
+
+    async def zero(self, start: int, length: int) -> None:
+        """Make the bytes read as zeros, marked before, and keep their space."""
 
 
 class Datapath(Protocol):

@@ -85,7 +85,7 @@ def _run(folder: state.Folder, serve: Serve, ready_fd: int | None) -> int:
 async def _begin(
     parameters: Parameters, folder: state.Folder, ready: Callable[[], None]
 ) -> state.End:
-    """Mount anew, with the native data path where that works."""
+    """Mount anew, with the native program where that works."""
     legacy = ways.Legacy(
         parameters,
         datetime.datetime.now(datetime.UTC).astimezone().isoformat("T", "seconds"),
@@ -98,8 +98,8 @@ async def _begin(
         options=parameters.options,
         allow_shrunk=parameters.allow_shrunk,
     ) as images:
-        reason = ways.why_not_native(parameters, images.live)
-        if reason is None:
+        reason = None
+        if parameters.datapath != "python":
             session = None
             try:
                 with ways.open_native(parameters, images.live, folder) as way:
@@ -109,7 +109,8 @@ async def _begin(
                 reason = _unavailable(error)
                 if reason is None or parameters.datapath or (session and session.was_ready):
                     raise
-            log.warning("the python data path serves the disk (native: %s)", reason)
+            reason = f"native: {reason}; no discards"
+            log.warning("the python data path serves the disk (%s)", reason)
         with ways.open_python(parameters, images.live) as way:
             return await Session(legacy, images, way, note=reason).serve(ready)
 

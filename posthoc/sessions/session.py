@@ -252,7 +252,7 @@ class Session:
 
     def _datapath(self) -> str:
         description = self._way.description()
-        return f"{description} (native: {self._note})" if self._note else description
+        return f"{description} ({self._note})" if self._note else description
 
     def _guest(self) -> dict[str, Any]:
         guest = self._way.recorder.statistics()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which data path serves a session's disk, and what it keeps for the session that comes after.
 
-`native` is taken where it can be: for a raw file or a block device, where its program was built and works.
-What it keeps in its shared memory, beside the write bitmap: the scan's decisions, and `Legacy` as JSON.
+The native program is taken where it was built and works: it serves a raw file or a block device itself (`native`),
+and stands before the session that serves any other disk (`forward`). Where it is not to be had, `python` does alone.
+
+What `native` keeps in its shared memory, beside the write bitmap: the scan's decisions, and `Legacy` as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dirtymap import errors, images, state
 from dirtymap.bitmap import Buffer
 from dirtymap.images import base, chain, file
 from overlayfs import datapath, recorder
-from overlayfs.datapath import native, python
+from overlayfs.datapath import forward, native, python
 from posthoc.sessions.parameters import Parameters
 from scanner import scan
 
@@ -96,28 +98,28 @@ def inherited(legacy: Legacy) -> tuple[Legacy, bool]:
     return dataclasses.replace(legacy, reference=found), is_same
 
 
-def why_not_native(parameters: Parameters, live: base.Image) -> str | None:
-    """Return None where the native data path is to be tried, else why not; "" where nobody wants it.
-
-    Raises UserError where it was asked for by name and cannot be.
-    """
-    if parameters.datapath == "python":
-        return ""
-    if isinstance(live, file.FileImage):
-        return None
-    reason = f"{live.name} is not a raw file or block device"
-    if parameters.datapath == "native":
-        raise native.NativeUnavailable(reason)
-    return reason
-
-
 @contextlib.contextmanager
 def open_native(
     parameters: Parameters, live: base.Image, folder: state.Folder
-) -> Iterator[native.NativeDatapath]:
-    """Prepare the native data path for the time of the context. Raises NativeUnavailable."""
-    assert isinstance(live, file.FileImage)
-    way = native.NativeDatapath.create(
+) -> Iterator[datapath.Datapath]:
+    """Prepare the data path that the native program has a part in, for the time of the context.
+
+    Raises NativeUnavailable, also where `native` was asked for by name and `live` is no file.
+    """
+    if isinstance(live, file.FileImage):
+        way: native.NativeDatapath | forward.ForwardDatapath = _native(parameters, live, folder)
+    elif parameters.datapath == "native":
+        raise native.NativeUnavailable(f"{live.name} is not a raw file or block device")
+    else:
+        way = _forward(parameters, live, folder)
+    with contextlib.closing(way):
+        yield way
+
+
+def _native(
+    parameters: Parameters, live: file.FileImage, folder: state.Folder
+) -> native.NativeDatapath:
+    return native.NativeDatapath.create(
         live.fd,
         live.size,
         parameters.granularity,
@@ -128,8 +130,18 @@ def open_native(
         scan_length=scan.buffer_length(live.size, parameters.granularity),
         log=folder.log,
     )
-    with contextlib.closing(way):
-        yield way
+
+
+def _forward(
+    parameters: Parameters, live: base.Image, folder: state.Folder
+) -> forward.ForwardDatapath:
+    return forward.ForwardDatapath.create(
+        live,
+        recorder.Recorder(live.size, parameters.granularity),
+        _keeper_socket(folder),
+        threads=parameters.threads or datapath.DEFAULT_THREADS,
+        log=folder.log,
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+from tests import wait
 from tests.overlayfs import mounted
 
 
@@ -42,6 +43,15 @@ def unmount(folder: pathlib.Path) -> None:
         assert mount.end() == 0
 
 
+def kill_the_session(folder: pathlib.Path) -> None:
+    """Served behind the native program: what the killed session leaves, the keeper takes away."""
+    with mounted.serving(folder, folder / "live", folder / "mnt", datapath="forward") as mount:
+        assert mount.disk.read_bytes() == mount.live.read_bytes()
+        mount.process.kill()
+        wait.until(lambda: not mount.is_mounted(), "nothing is mounted")
+        mount.end()
+
+
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     first = mounted.spawn(folder, folder / "live", folder / "mnt")
@@ -56,6 +66,7 @@ def main() -> None:
     write_and_signal(folder)
     signal_while_open(folder)
     unmount(folder)
+    kill_the_session(folder)
     print("done")
 
 

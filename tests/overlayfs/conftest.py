@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mounts for the tests of overlayfs: one for each test, or one for a whole module that leaves it well."""
 
+import contextlib
 import functools
+import mmap
+import os
 import pathlib
 import random
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ from tests.overlayfs import mounted
 
 # The native data path's own tests have builds that can be delayed, and disks with broken places.
 python_only = pytest.mark.parametrize("datapath", ["python"], indirect=True)
+in_python = pytest.mark.parametrize("datapath", ["python", "forward"], indirect=True)
 
 # No multiple of a page, nor of a segment.
 SIZE = 8 * 1024 * 1024 + 1000
@@ -24,10 +28,30 @@ def fill(path: pathlib.Path, size: int = SIZE) -> pathlib.Path:
     return path
 
 
+@pytest.fixture(params=["python", "native", "forward"])
+def datapath(request: pytest.FixtureRequest) -> str:
+    """Every form of the disk's data path."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def live(tmp_path: pathlib.Path) -> pathlib.Path:
     """The disk: SIZE bytes."""
     return fill(tmp_path / "live")
+
+
+def aligned(data: bytes) -> mmap.mmap:
+    """Return a page-aligned buffer, as O_DIRECT asks for."""
+    buffer = mmap.mmap(-1, max(len(data), 1))
+    buffer[: len(data)] = data
+    return buffer
+
+
+def hang_up(descriptor: int) -> None:
+    """Close a descriptor whose server is gone: close(2) closes it, and says ENOTCONN."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 @pytest.fixture
@@ -36,7 +60,7 @@ def serve(
 ) -> Callable[..., AbstractContextManager[mounted.Mounted]]:
     """`with serve(read_only=True) as it:` mounts `live`, over each data path in turn.
 
-    What is said of the image itself (gates, broken places, its calls) is `python_only`.
+    What is said of the image itself (gates, broken places, its calls) is `in_python`.
     """
     return functools.partial(mounted.serving, tmp_path, live, mountpoint, datapath=datapath)
 
@@ -50,7 +74,7 @@ def mount(
         yield it
 
 
-@pytest.fixture(scope="module", params=["python", "native"])
+@pytest.fixture(scope="module", params=["python", "native", "forward"])
 def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[mounted.Mounted]:

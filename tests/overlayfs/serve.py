@@ -26,7 +26,7 @@ import trio
 from dirtymap import errors, images
 from dirtymap.images import base
 from overlayfs import datapath, filesystem, mount, recorder
-from overlayfs.datapath import native, python
+from overlayfs.datapath import forward, keeper, kept, native, python
 
 
 class Held:
@@ -66,6 +66,7 @@ class GatedImage:
         self.held = Held()
         self.broken: dict[tuple[str, int], int] = {}
         self.syncs: list[bool] = []
+        self.zeroed: list[tuple[str, int, int]] = []
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
@@ -117,10 +118,17 @@ class GatedImage:
         self._inner.flush(datasync)
 
     def zero(self, start: int, length: int) -> None:
-        self._inner.zero(start, length)
+        self._make_zero("zero", start, length)
 
-    def trim(self, start: int, length: int) -> None:
-        self._inner.trim(start, length)
+    def discard(self, start: int, length: int) -> None:
+        self._make_zero("discard", start, length)
+
+    def _make_zero(self, verb: str, start: int, length: int) -> None:
+        self.zeroed.append((verb, start, length))
+        self.held.through("before")
+        self._fail(verb, start, length)
+        self._inner.write(start, bytes(length))
+        self.held.through("after")
 
     def close(self) -> None:
         self._inner.close()
@@ -314,6 +322,7 @@ class Server:
     def do_facts(self, _: trio.Nursery) -> dict[str, Any]:
         return {
             "syncs": self.image.syncs,
+            "zeroed": self.image.zeroed,
             "most_at_once": self.image.most_at_once,
             "depth": self.recorder.depth,
             "control": self.control.taken,
@@ -341,6 +350,34 @@ class Server:
 
     def do_fail_run(self, _: trio.Nursery) -> None:
         self.path.failure.set()
+
+
+class ForwardServer(Server):
+    """The same behind the native program."""
+
+    def _path(self, image: Any, granularity: int) -> datapath.Datapath:
+        # A socket's path is short; a test's folder need not be.
+        self.folder = tempfile.TemporaryDirectory(prefix="posthoc-")
+        self.socket = pathlib.Path(self.folder.name, "keeper")
+        return forward.ForwardDatapath.create(
+            self.image,
+            recorder.Recorder(image.size, granularity, self._record(image.size, granularity)),
+            self.socket,
+            threads=self.config.get("threads", datapath.DEFAULT_THREADS),
+            socket_buffer=self.config.get("socket_buffer", kept.SOCKET_BUFFER),
+        )
+
+    def _close(self) -> None:
+        super()._close()
+        self.folder.cleanup()
+
+    def do_kill(self, _: trio.Nursery, role: str) -> None:
+        """Kill "keeper" or "server", which is replaced."""
+        pids = keeper.ask(self.socket, "pids").split()
+        os.kill(int(pids[["keeper", "server"].index(role)]), signal.SIGKILL)
+
+    def do_servers(self, _: trio.Nursery) -> int:
+        return int(self.path._memory.header.servers)
 
 
 class NativeServer(Server):
@@ -375,8 +412,8 @@ def say(what: dict[str, Any]) -> None:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = json.loads(sys.argv[1])
-    kind = NativeServer if config.get("datapath") == "native" else Server
-    return trio.run(kind(config).run)
+    kinds = {"native": NativeServer, "forward": ForwardServer}
+    return trio.run(kinds.get(config.get("datapath"), Server)(config).run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 from tests import oracle, wait
 from tests.overlayfs import conftest, mounted
-from tests.overlayfs.conftest import python_only
+from tests.overlayfs.conftest import in_python
 
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 PAGE = 4096
@@ -27,13 +27,6 @@ def opened(path: pathlib.Path, flags: int = os.O_RDWR) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def aligned(data: bytes) -> mmap.mmap:
-    """Return a page-aligned buffer, as O_DIRECT asks for."""
-    buffer = mmap.mmap(-1, max(len(data), 1))
-    buffer[: len(data)] = data
-    return buffer
 
 
 def refused(call: Callable[..., object], *arguments: object) -> int | None:
@@ -61,9 +54,9 @@ def test_random_reads_and_writes_equal_a_model(mount: mounted.Mounted, extra: in
             if numbers.random() < 0.5:
                 data = numbers.randbytes(length)
                 model.write(start, data)
-                assert os.pwritev(disk, [aligned(data)], start) == length
+                assert os.pwritev(disk, [conftest.aligned(data)], start) == length
             else:
-                buffer = aligned(bytes(length))
+                buffer = conftest.aligned(bytes(length))
                 assert os.preadv(disk, [buffer], start) == length
                 assert buffer[:] == model.read(start, length)
     assert mount.live.read_bytes() == model.content
@@ -116,7 +109,7 @@ def test_direct_write_beyond_the_end_is_refused(mount: mounted.Mounted) -> None:
     """With O_DIRECT too, and the kernel's clean-up after it (truncation to the size) does no harm."""
     with opened(mount.disk, os.O_RDWR | os.O_DIRECT) as disk:
         start = -(-conftest.SIZE // PAGE) * PAGE
-        assert refused(os.pwritev, disk, [aligned(b"x" * PAGE)], start) == errno.ENOSPC
+        assert refused(os.pwritev, disk, [conftest.aligned(b"x" * PAGE)], start) == errno.ENOSPC
         assert os.fstat(disk).st_size == conftest.SIZE
     assert mount.live.stat().st_size == conftest.SIZE
     assert mount.written() == set()
@@ -173,8 +166,8 @@ def test_openers_see_each_others_writes(mount: mounted.Mounted) -> None:
             data = bytes([step]) * PAGE
             writer = (first, direct)[step % 2]
             start = step * PAGE
-            os.pwritev(writer, [aligned(data)], start)
-            buffer = aligned(bytes(PAGE))
+            os.pwritev(writer, [conftest.aligned(data)], start)
+            buffer = conftest.aligned(bytes(PAGE))
             os.preadv(direct, [buffer], start)
             assert buffer[:] == data
             assert os.pread(first, PAGE, start) == data
@@ -208,7 +201,7 @@ def test_writes_through_a_mapping_are_marked_before_they_reach_the_image(
 # Durability
 
 
-@python_only
+@in_python
 def test_fsync_reaches_the_image(mount: mounted.Mounted) -> None:
     """fsync and fdatasync of the mount are those of the image; close alone is neither."""
     with opened(mount.disk) as disk:
@@ -220,7 +213,7 @@ def test_fsync_reaches_the_image(mount: mounted.Mounted) -> None:
     assert mount.facts()["syncs"] == [False, True]
 
 
-@python_only
+@in_python
 def test_o_sync_writes_are_synced(mount: mounted.Mounted) -> None:
     """An opener with O_SYNC gets its answer after the image's sync."""
     with opened(mount.disk, os.O_WRONLY | os.O_SYNC) as disk:
@@ -228,7 +221,7 @@ def test_o_sync_writes_are_synced(mount: mounted.Mounted) -> None:
     assert mount.facts()["syncs"] == [False]
 
 
-@python_only
+@in_python
 def test_failed_fsync_is_reported(mount: mounted.Mounted) -> None:
     """The errno of the image's sync is the caller's, and the next one may succeed."""
     with opened(mount.disk) as disk:
@@ -241,27 +234,27 @@ def test_failed_fsync_is_reported(mount: mounted.Mounted) -> None:
 # Errors
 
 
-@python_only
+@in_python
 def test_read_error_reaches_only_its_request(mount: mounted.Mounted) -> None:
     """EIO where the image has it, good data around it."""
     mount.ask("break", "read", 1 << 20, errno.EIO)
     with opened(mount.disk, os.O_RDONLY | os.O_DIRECT) as disk:
-        assert refused(os.preadv, disk, [aligned(bytes(PAGE))], 1 << 20) == errno.EIO
-        buffer = aligned(bytes(PAGE))
+        assert refused(os.preadv, disk, [conftest.aligned(bytes(PAGE))], 1 << 20) == errno.EIO
+        buffer = conftest.aligned(bytes(PAGE))
         assert os.preadv(disk, [buffer], (1 << 20) + PAGE) == PAGE
         assert buffer[:] == mount.live.read_bytes()[(1 << 20) + PAGE :][:PAGE]
     assert mount.facts()["guest"]["read"][2] == 1
 
 
-@python_only
+@in_python
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=os.strerror)
 def test_failed_write_leaves_its_bits_set(mount: mounted.Mounted, number: int) -> None:
     """Any part of it may have reached the disk: every segment it named stays marked, no other is."""
     mount.ask("break", "write", 3 * 65536 + 5000, number)
     data = b"x" * (2 * 65536)
     with opened(mount.disk, os.O_RDWR | os.O_DIRECT) as disk:
-        assert refused(os.pwritev, disk, [aligned(data)], 2 * 65536) == number
-        assert os.pwritev(disk, [aligned(data)], 8 * 65536) == len(data)
+        assert refused(os.pwritev, disk, [conftest.aligned(data)], 2 * 65536) == number
+        assert os.pwritev(disk, [conftest.aligned(data)], 8 * 65536) == len(data)
     assert mount.written() == {2, 3, 8, 9}
     # A part of it has indeed reached the image.
     assert mount.live.read_bytes()[2 * 65536 :][:65536] == b"x" * 65536

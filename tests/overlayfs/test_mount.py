@@ -19,15 +19,17 @@ import pytest
 
 from tests import wait
 from tests.overlayfs import conftest, mounted
+from tests.overlayfs.conftest import python_only
 
 NOBODY = 65534
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 
 
 # The ends of a mount over the native data path: tests/posthoc/test_mount.py and tests/scenarios/test_deaths.py.
-@pytest.fixture
-def datapath() -> str:
-    return "python"
+@pytest.fixture(params=["python", "forward"])
+def datapath(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @contextmanager
@@ -49,12 +51,6 @@ def script(path: pathlib.Path, body: str) -> pathlib.Path:
     return path
 
 
-def hang_up(descriptor: int) -> None:
-    """Close a descriptor whose server is gone: close(2) closes it, and says ENOTCONN."""
-    with suppress(OSError):
-        os.close(descriptor)
-
-
 # Refused
 
 
@@ -70,6 +66,7 @@ def test_mountpoint_that_is_not_empty(
     assert (mountpoint / "mine").read_text() == "mine"
 
 
+@python_only
 def test_mountpoint_that_is_mounted_already(mount: mounted.Mounted, tmp_path: pathlib.Path) -> None:
     """A second session on one mountpoint is refused and the first goes on."""
     folder = tmp_path / "second"
@@ -82,6 +79,7 @@ def test_mountpoint_that_is_mounted_already(mount: mounted.Mounted, tmp_path: pa
     assert mount.disk.stat().st_size == conftest.SIZE
 
 
+@python_only
 def test_two_mounts_at_a_time(mount: mounted.Mounted, tmp_path: pathlib.Path) -> None:
     """Sessions of different processes do not disturb each other."""
     folder = tmp_path / "second"
@@ -208,7 +206,7 @@ def test_signal_while_a_file_is_open(serve: Serve) -> None:
                 os.pread(disk, 4096, 0)
             assert error.value.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EINVAL)
         finally:
-            hang_up(disk)
+            conftest.hang_up(disk)
 
 
 def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
@@ -269,6 +267,7 @@ def test_signal_under_load(serve: Serve) -> None:
         assert changed <= mount.written()
 
 
+@python_only
 def test_killed_process_leaves_a_dead_mount_that_umount_takes_away(serve: Serve) -> None:
     """SIGKILL gives nobody the time to unmount; no thread of the process hangs on its own mount."""
     with serve() as mount:
@@ -283,6 +282,7 @@ def test_killed_process_leaves_a_dead_mount_that_umount_takes_away(serve: Serve)
 # Broken
 
 
+@python_only
 def test_failing_data_path_is_unmounted_and_told(serve: Serve) -> None:
     """A bug ends in a traceback, and with nothing mounted."""
     with serve() as mount:
@@ -292,6 +292,7 @@ def test_failing_data_path_is_unmounted_and_told(serve: Serve) -> None:
         assert "RuntimeError: the data path has failed" in mount.log.read_text()
 
 
+@python_only
 def test_failing_data_path_while_a_file_is_open(serve: Serve) -> None:
     """The same with a reader at work: it gets an error and never hangs."""
     with serve() as mount:
@@ -313,17 +314,19 @@ def test_failing_data_path_while_a_file_is_open(serve: Serve) -> None:
             reader.join(wait.DEADLINE)
             assert outcome == ["ended"]
         finally:
-            hang_up(disk)
+            conftest.hang_up(disk)
 
 
 # Access
 
 
+@python_only
 def test_only_the_mounting_user_sees_it(mount: mounted.Mounted) -> None:
     """Without allow_other another user's stat is EACCES, whatever the modes say."""
     assert _as_nobody(mount.mountpoint) == "Permission denied"
 
 
+@python_only
 def test_allow_other_lets_others_in_as_far_as_the_modes_say(serve: Serve) -> None:
     """With allow_other anybody reads status; the disk is still its owner's."""
     with serve(allow_other=True) as mount:

@@ -9,6 +9,7 @@ That this can fail is shown where a write stands still between its two halves: w
 the write, and with the bitmap emptied after the scan has begun.
 """
 
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 from tests import oracle, wait
 from tests.overlayfs import conftest, mounted
-from tests.overlayfs.conftest import python_only
+from tests.overlayfs.conftest import in_python, python_only
 
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 WRITER = pathlib.Path(__file__).with_name("writer.py")
@@ -52,7 +53,11 @@ def scan(mount: mounted.Mounted, reference: pathlib.Path) -> set[int]:
     return oracle.differing(mount.live, reference, mount.granularity)
 
 
-@pytest.mark.parametrize("granularity", [512, 65536, 2 << 20])
+@pytest.mark.parametrize(
+    ("granularity", "datapath"),
+    [*itertools.product([512, 65536, 2 << 20], ["python", "native"]), (65536, "forward")],
+    indirect=["datapath"],
+)
 def test_thousands_of_writes_of_several_processes(
     serve: Serve, tmp_path: pathlib.Path, granularity: int
 ) -> None:
@@ -84,7 +89,7 @@ def test_thousands_of_writes_of_several_processes(
         assert all(differing <= one | written for one in found)
 
 
-@python_only
+@in_python
 def test_bits_stand_before_bytes_change(serve: Serve, tmp_path: pathlib.Path) -> None:
     """A write that has not changed a byte yet has its bits; so it has while its answer is held back."""
     reference = tmp_path / "reference"
@@ -142,7 +147,7 @@ def test_a_bitmap_armed_after_the_first_read_misses_segments(
         assert differing - mount.written() - found == {3, 4}
 
 
-@python_only
+@in_python
 def test_a_checkpoint_waits_for_the_writes_in_flight(serve: Serve, tmp_path: pathlib.Path) -> None:
     """After swap and drain, what the swap took is on the disk, and what comes later has a bit."""
     checkpoint = tmp_path / "checkpoint"

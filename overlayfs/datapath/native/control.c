@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Everything but the disk's data: to pyfuse3 in the session, over a SOCK_SEQPACKET pair (a packet is a
+/* Everything but the disk's data (forward.c: that too): to pyfuse3 in the session, over a SOCK_SEQPACKET pair (a packet is a
  * request or an answer, as a read or write of /dev/fuse would be).
  *
  *   kernel -> control_request -> row and copy -> [fifo, while the socket is full] -> session
@@ -186,9 +186,13 @@ static bool limit(struct control *control, unsigned char *request, size_t length
 {
     const struct fuse_in_header *head = (void *)request;
     struct fuse_read_in *in = (void *)(request + sizeof *head);
-    if (head->opcode == FUSE_READ || head->opcode == FUSE_READDIR || head->opcode == FUSE_READDIRPLUS)
-        if (length >= sizeof *head + sizeof *in && in->size > control->limit)
-            in->size = (uint32_t)control->limit;
+    bool reads = head->opcode == FUSE_READ || head->opcode == FUSE_READDIR || head->opcode == FUSE_READDIRPLUS;
+    if (reads && length >= sizeof *head + sizeof *in && in->size > control->limit) {
+        /* Not of the disk: a short answer would be taken for its end. INIT was patched so that none comes. */
+        if (head->nodeid == DISK_INODE)
+            return false;
+        in->size = (uint32_t)control->limit;
+    }
     return length <= control->limit + PAGE;
 }
 
@@ -322,7 +326,7 @@ static void patch(struct control *control, const struct shared_row *row, unsigne
         note_attributes(control->shared, (void *)(reply + sizeof *head));
     if (row->opcode == FUSE_INIT)
         patch_init(control, reply, length);
-    if (row->opcode == FUSE_OPEN && row->nodeid == DISK_INODE) {
+    if (row->opcode == FUSE_OPEN && row->nodeid == DISK_INODE && !forwards(control->server->environment)) {
         struct fuse_open_out *out = (void *)(reply + sizeof *head);
         if (length < sizeof *head + sizeof *out)
             return;

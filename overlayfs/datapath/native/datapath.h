@@ -3,6 +3,7 @@
  *
  *   guest -> kernel -> /dev/fuse -> server's readers -> disk.c    -> live
  *                                                    -> control.c -> socket -> pyfuse3 in the session
+ *   or, where the session serves the disk:           -> forward.c -> control.c -> ...
  *   keeper: parent of the server, holds every descriptor, starts the next server when one dies
  *
  * FUSE's messages are those of <linux/fuse.h>.
@@ -29,6 +30,12 @@
 #ifndef FUSE_DIRECT_IO_ALLOW_MMAP
 #define FUSE_DIRECT_IO_ALLOW_MMAP (1ULL << 36)
 #endif
+#ifndef FUSE_SETXATTR_EXT
+#define FUSE_SETXATTR_EXT (1 << 29)
+#endif
+#ifndef FUSE_COMPAT_SETXATTR_IN_SIZE
+#define FUSE_COMPAT_SETXATTR_IN_SIZE 8
+#endif
 
 #define PAGE 4096
 /* overlayfs/filesystem.py's number of the disk. */
@@ -48,11 +55,18 @@ enum { EXIT_GONE = 0, EXIT_STOPPED = 75, EXIT_BROKEN = 70 };
 struct environment {
     struct shared_header *shared;
     int fuse;    /* /dev/fuse, mounted */
-    int live;    /* the disk, through the page cache */
+    int live;    /* the disk, through the page cache; -1 where the session serves it */
     int direct;  /* the disk, O_DIRECT; -1 where the page cache is wanted */
     int session; /* our end of the socket to pyfuse3 */
     int channel; /* server: to its keeper */
 };
+
+/* Whether this stands in front of a session that serves the disk: then the write bitmap is the session's, and
+ * the mount ends with it. */
+static inline bool forwards(const struct environment *environment)
+{
+    return environment->live < 0;
+}
 
 struct worker {
     struct server *server;
@@ -97,12 +111,15 @@ unsigned char *locked_memory(struct shared_header *shared, size_t length);
 /* Answers `unique` with an error (0 or positive) and the `length` bytes at the worker's payload. */
 void worker_reply(struct worker *worker, uint64_t unique, int error, size_t length);
 
-/* disk.c: a request of the disk's inode; false if it is not one of those served here. */
+/* disk.c: a request of the disk's inode; false if it is not one of those that are done with here. */
 bool disk_serve(struct worker *worker);
 /* The same for a thread that must not wait for the disk: what might is left to others. */
 bool disk_serve_later(struct worker *worker);
 /* Serves what was left to others, which is the worker's request now. */
 void disk_serve_now(struct worker *worker);
+
+/* forward.c: where the session serves the disk, every request. */
+void forward_request(struct worker *worker, size_t length);
 
 /* control.c: everything else goes to the session, and its answers come back. */
 struct control *control_new(struct server *server);

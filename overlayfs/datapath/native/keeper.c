@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The keeper: holds every descriptor, does next to nothing, and so lives on. It is the server's parent;
  * when the server dies it has the kernel send the unanswered requests again and starts the next one.
- * When the session dies it starts the session's command line again, or waits for one to adopt the mount.
+ * When the session dies it starts the session's command line again, or waits for one to adopt the mount;
+ * where the session served the disk (forward.c) the mount ends, and the command line takes it away.
  * A keeper that is killed takes its server along (PDEATHSIG). Its standby, a child that only waits for that,
  * has every descriptor too and becomes the next keeper; where both are killed at once the session, which
  * also has them, starts one. When the mount is gone, all of them end.
@@ -329,19 +330,6 @@ static void server_reaped(struct keeper *keeper, int status)
         server_crashed(keeper, status);
 }
 
-static void plan_session(struct keeper *keeper, bool quick)
-{
-    const char *restart = (const char *)keeper->shared + keeper->shared->restart_offset;
-    if (keeper->done || keeper->stopping || keeper->session_due || restart[0] == 0)
-        return;
-    keeper->session_quick = quick ? keeper->session_quick + 1 : 0;
-    uint64_t delay = 0;
-    if (keeper->session_quick > 0)
-        delay = keeper->session_quick < 6 ? SESSION_DELAY << (keeper->session_quick - 1) : SESSION_LONGEST_DELAY;
-    keeper->session_due = clock_nanoseconds() + delay;
-    say("session ended: started again in %u ms", (unsigned)(delay / MILLISECOND));
-}
-
 static _Noreturn void become_session(char *restart)
 {
     static char *words[256];
@@ -365,6 +353,39 @@ static void start_session(struct keeper *keeper)
     keeper->session_child = fork();
     if (keeper->session_child == 0)
         become_session((char *)keeper->shared + keeper->shared->restart_offset);
+}
+
+static bool has_restart(const struct keeper *keeper)
+{
+    const char *restart = (const char *)keeper->shared + keeper->shared->restart_offset;
+    return restart[0] != 0;
+}
+
+/* The write bitmap has died with the session: who wrote on would be in no map. */
+static void end_with_session(struct keeper *keeper)
+{
+    say("session died: the mount ends with it");
+    if (has_restart(keeper))
+        start_session(keeper);
+    finish(keeper);
+}
+
+static void plan_session(struct keeper *keeper, bool quick)
+{
+    if (keeper->done || keeper->stopping || keeper->session_due)
+        return;
+    if (forwards(keeper->environment)) {
+        end_with_session(keeper);
+        return;
+    }
+    if (!has_restart(keeper))
+        return;
+    keeper->session_quick = quick ? keeper->session_quick + 1 : 0;
+    uint64_t delay = 0;
+    if (keeper->session_quick > 0)
+        delay = keeper->session_quick < 6 ? SESSION_DELAY << (keeper->session_quick - 1) : SESSION_LONGEST_DELAY;
+    keeper->session_due = clock_nanoseconds() + delay;
+    say("session ended: started again in %u ms", (unsigned)(delay / MILLISECOND));
 }
 
 static void session_reaped(struct keeper *keeper, int status)

@@ -2,8 +2,8 @@
 /* posthoc-datapath: serves the disk of a posthoc mount. Started by the session, never by hand.
  *
  *   posthoc-datapath keeper FUSE LIVE DIRECT MEMORY SESSION COMMAND PATH
- *       six descriptors (DIRECT may be -1, COMMAND too where the session is to come by itself) and the path
- *       of the socket to listen on
+ *       six descriptors and the path of the socket to listen on; DIRECT may be -1, LIVE where the session serves
+ *       the disk, COMMAND where the session is to come by itself
  *   posthoc-datapath --layout
  *       the layout of the shared memory, a line for each field: name, offset, length
  */

@@ -87,6 +87,8 @@ static void dispatch(struct worker *worker, size_t length, bool (*serve)(struct 
     atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
     if (length < sizeof *head || head->len != length)
         say("request of %zu bytes that says %u", length, head->len);
+    else if (forwards(worker->server->environment))
+        forward_request(worker, length);
     else if (!serve(worker))
         control_request(worker->server->control, worker_request(worker), length);
     atomic_fetch_add_explicit(&worker->slot->requests, 1, memory_order_relaxed);
@@ -321,6 +323,9 @@ int server_main(struct environment *environment)
     server.environment = environment;
     server.shared = environment->shared;
     server.room = WRITE_HEAD + server.shared->max_write;
+    /* The kernel gives nothing to who reads with less. */
+    if (server.room < FUSE_MIN_READ_BUFFER)
+        server.room = FUSE_MIN_READ_BUFFER;
     atomic_store(&server.shared->locked, 1);
     server.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     server.slow = queue_new();

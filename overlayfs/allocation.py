@@ -6,6 +6,9 @@ The server in front of pyfuse3 (datapath/native/forward.c) makes a SETXATTR of i
     name    posthoc.fallocate
     value   mode, offset, length: three little-endian words of 64 bits
 
+A second name, posthoc.drain, with no value, is a question of its own: it is answered when every change that was
+asked for before it is done and answered (native/control.c says what for).
+
 What is taken and what is refused is the same as where the server does the work itself (native/disk.c).
 """
 
@@ -16,7 +19,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-NAME = b"posthoc.fallocate"
+FALLOCATE, DRAIN = b"posthoc.fallocate", b"posthoc.drain"
 VALUE = struct.Struct("<QQQ")
 
 # From <linux/falloc.h>.

@@ -376,9 +376,15 @@ class Filesystem(pyfuse3.Operations):
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
-        """Do fallocate(2), which the server before pyfuse3 sends under this name; there are no attributes."""
+        """Do what the server before pyfuse3 sends under these names; there are no attributes."""
         disk = self._disk
-        if name != allocation.NAME or not isinstance(disk, datapath.DiscardingDisk):
+        if not isinstance(disk, datapath.DiscardingDisk):
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+        if name == allocation.DRAIN:
+            # Whose change is done writes its answer before it lets another task run: ours comes after it.
+            await disk.drain()
+            return
+        if name != allocation.FALLOCATE:
             raise pyfuse3.FUSEError(errno.ENOSYS)
         if inode != DISK_INODE:
             # Not ENOSYS, for which the kernel would ask of the disk no more either.

@@ -70,6 +70,9 @@ class DiscardingDisk(Disk, Protocol):
     async def zero(self, start: int, length: int) -> None:
         """Make the bytes read as zeros, marked before, and keep their space."""
 
+    async def drain(self) -> None:
+        """Return when every change that had begun at the call is done, failed or not."""
+
 
 class Datapath(Protocol):
     """A way to serve the disk."""

@@ -7,6 +7,7 @@ import mmap
 import os
 import pathlib
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -39,6 +40,17 @@ def datapath(request: pytest.FixtureRequest) -> str:
 def live(tmp_path: pathlib.Path) -> pathlib.Path:
     """The disk: SIZE bytes."""
     return fill(tmp_path / "live")
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A build with delays and sabotage: $POSTHOC_DATAPATH, where the sanitizers' builds are, or one made here."""
+    chosen = os.environ.get("POSTHOC_DATAPATH")
+    if chosen:
+        return pathlib.Path(chosen)
+    path = tmp_path_factory.mktemp("program") / "posthoc-datapath"
+    subprocess.run([mounted.ROOT / "scripts" / "build-datapath", "faults", path], check=True)
+    return path
 
 
 def aligned(data: bytes) -> mmap.mmap:

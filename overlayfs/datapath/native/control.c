@@ -11,6 +11,9 @@
  *   the server died       the kernel sends the request again, with the resend bit; if the session still
  *                         has it, only the bit is noted, which the answer must carry
  *   both                  the row outlives both: the request comes again from the kernel and is sent
+ *   a server in the act   of sending: nobody knows whether the session has it, and a write of the disk that it got
+ *                         twice might be done again after its answer, over a later one. So it is asked to finish
+ *                         everything first (forward.c): then either there is an answer, or it never had it
  * An answer is looked at in the socket (MSG_PEEK) and taken out of it only when the kernel has it: the
  * next server finds it there.
  */
@@ -47,6 +50,7 @@ struct control {
     size_t limit;          /* of a packet's data, bytes */
     unsigned first, last;  /* fifo of rows to be sent */
     unsigned high;         /* rows at or beyond this one are free */
+    enum { IDLE, TO_BE_ASKED, ASKED } drain; /* what is in doubt waits for */
     struct copy copies[SHARED_ROWS];
 };
 
@@ -137,13 +141,48 @@ static int transmit(struct control *control, const void *data, size_t length)
     return errno;
 }
 
+/* Never the kernel's, which counts in even numbers, nor that of another server, who asked before. */
+static uint64_t drain_unique(const struct control *control)
+{
+    return 1ULL << 62 | atomic_load(&control->shared->servers) << 1 | 1;
+}
+
+static bool ask_to_drain(struct control *control)
+{
+    _Alignas(8) unsigned char request[FORWARD_DRAIN];
+    size_t length = forward_drain(control->shared, request, drain_unique(control));
+    if (transmit(control, request, length))
+        return false;
+    control->drain = ASKED;
+    return true;
+}
+
+/* The session has answered all that it had: what is still in doubt it never got. */
+static void drained(struct control *control)
+{
+    control->drain = IDLE;
+    for (unsigned i = 0; i < control->high; i++) {
+        if (control->rows[i].sent == SENT_PERHAPS && control->copies[i].request) {
+            control->rows[i].sent = SENT_NOT;
+            enqueue(control, i);
+        }
+    }
+}
+
 static void flush(struct control *control)
 {
+    if (control->drain == TO_BE_ASKED && !ask_to_drain(control))
+        return;
     while (control->first != NONE) {
         unsigned i = control->first;
         struct copy *copy = &control->copies[i];
         struct shared_row *row = &control->rows[i];
+        row->epoch = (uint32_t)atomic_load(&control->shared->epoch);
+        row->sent = SENT_PERHAPS;
+        faults_delay("before-send");
         int error = transmit(control, copy->request->data, copy->request->length);
+        faults_delay("after-send");
+        row->sent = error ? SENT_NOT : SENT_YES;
         if (error && error != EMSGSIZE)
             return;
         control->first = copy->next;
@@ -153,12 +192,15 @@ static void flush(struct control *control)
             release(control, i);
             continue;
         }
-        row->epoch = (uint32_t)atomic_load(&control->shared->epoch);
         row->deliveries++;
-        row->sent = 1;
         if (row->opcode == FUSE_INIT)
             atomic_store(&control->shared->init_epoch, row->epoch);
     }
+}
+
+static bool is_waiting(const struct control *control)
+{
+    return control->first != NONE || control->drain == TO_BE_ASKED;
 }
 
 /* Keeps INIT for the sessions to come, and takes from it what this kernel can do. */
@@ -219,7 +261,7 @@ static void accept_request(struct control *control, unsigned char *request, size
     if (!known) {
         row->nodeid = head->nodeid;
         row->opcode = head->opcode;
-        row->deliveries = row->sent = 0;
+        row->deliveries = row->sent = SENT_NOT;
         atomic_store(&row->unique, unique);
     }
     if (copy->answer) {
@@ -228,6 +270,9 @@ static void accept_request(struct control *control, unsigned char *request, size
         ((struct fuse_out_header *)copy->answer->data)->unique = head->unique;
         answer(control, copy->answer->data, copy->answer->length);
         release(control, i);
+    } else if (row->sent == SENT_PERHAPS) {
+        if (control->drain == IDLE)
+            control->drain = TO_BE_ASKED;
     } else if (!row->sent && row->deliveries >= 2) {
         say("control request answered with EIO opcode=%u: two sessions died of it", row->opcode);
         answer_error(control, head->unique, EIO);
@@ -264,7 +309,7 @@ void control_request(struct control *control, unsigned char *request, size_t len
         accept_request(control, request, length);
         flush(control);
     }
-    bool waiting = control->first != NONE;
+    bool waiting = is_waiting(control);
     pthread_mutex_unlock(&control->mutex);
     if (waiting)
         server_wake(control->server);
@@ -339,6 +384,11 @@ static void accept_answer(struct control *control, unsigned char *reply, size_t 
 {
     struct fuse_out_header *head = (void *)reply;
     pthread_mutex_lock(&control->mutex);
+    if (head->unique == drain_unique(control)) {
+        drained(control);
+        pthread_mutex_unlock(&control->mutex);
+        return;
+    }
     unsigned i = find(control, head->unique);
     if (i == NONE) {
         /* The answer to a replayed INIT, or one that the server before us had passed on. */
@@ -354,7 +404,7 @@ static void accept_answer(struct control *control, unsigned char *reply, size_t 
         free(copy->answer);
         copy->answer = packet_copy(reply, length);
         /* It is out of the socket: a server that comes after this one has to ask again. */
-        row->sent = 0;
+        row->sent = SENT_NOT;
     } else {
         if (copy->resent)
             head->unique |= FUSE_UNIQUE_RESEND;
@@ -404,7 +454,7 @@ static void detach(struct control *control)
 int control_descriptor(struct control *control, short *events)
 {
     pthread_mutex_lock(&control->mutex);
-    *events = control->first == NONE ? POLLIN : POLLIN | POLLOUT;
+    *events = is_waiting(control) ? POLLIN | POLLOUT : POLLIN;
     int session = control->session;
     pthread_mutex_unlock(&control->mutex);
     return session;
@@ -427,7 +477,7 @@ static void sort_row(struct control *control, unsigned i, uint32_t epoch)
     uint64_t unique = atomic_load(&row->unique);
     if (unique == 0 || copy->answer || (row->sent && row->epoch == epoch))
         return;
-    row->sent = 0;
+    row->sent = SENT_NOT;
     if (!copy->request)
         return; /* the kernel sends it again */
     if (row->deliveries >= 2) {
@@ -502,9 +552,14 @@ struct control *control_new(struct server *server)
     control->session = -1;
     control->first = control->last = NONE;
     pthread_mutex_init(&control->mutex, NULL);
-    for (unsigned i = 0; i < SHARED_ROWS; i++)
-        if (atomic_load(&control->rows[i].unique) != 0)
+    for (unsigned i = 0; i < SHARED_ROWS; i++) {
+        struct shared_row *row = &control->rows[i];
+        if (atomic_load(&row->unique) != 0)
             control->high = i + 1;
+        /* Of the files of a session that does not serve the disk none minds being asked twice. */
+        if (row->sent == SENT_PERHAPS && !forwards(server->environment))
+            row->sent = SENT_NOT;
+    }
     if (!control->buffer || !control->notifications
         || pthread_create(&control->notifier, NULL, notify, control))
         return NULL;

@@ -120,6 +120,10 @@ void disk_serve_now(struct worker *worker);
 
 /* forward.c: where the session serves the disk, every request. */
 void forward_request(struct worker *worker, size_t length);
+/* Writes the question that is answered when all is done that the session was asked before it; returns its length,
+ * at most FORWARD_DRAIN. */
+#define FORWARD_DRAIN 128
+size_t forward_drain(struct shared_header *shared, unsigned char *request, uint64_t unique);
 
 /* control.c: everything else goes to the session, and its answers come back. */
 struct control *control_new(struct server *server);

@@ -4,6 +4,7 @@
  *
  *   FALLOCATE   header | fh, offset, length, mode
  *   SETXATTR    header | size, flags [, flags, padding] | "posthoc.fallocate\0" | mode, offset, length
+ *                                                        | "posthoc.drain\0"
  *
  * Both are answered by a bare header, so the answer needs no change. overlayfs/allocation.py takes the
  * value apart: three 64-bit words. A client's own SETXATTR goes no further than this: it would change the
@@ -14,25 +15,37 @@
 
 #include "datapath.h"
 
-static const char name[] = "posthoc.fallocate";
-
-/* Puts the other form in the place of the request, and returns its length; a reader's memory has room. */
-static size_t as_setxattr(unsigned char *request, uint64_t granted)
+/* Writes such a request behind its header, completes that, and returns the length. */
+static size_t write_setxattr(struct shared_header *shared, unsigned char *request, const char *name,
+                             const void *value, size_t length)
 {
     struct fuse_in_header *head = (void *)request;
-    struct fuse_fallocate_in in;
-    struct fuse_setxattr_in out = {0};
-    memcpy(&in, request + sizeof *head, sizeof in);
-    const uint64_t value[] = {in.mode, in.offset, in.length};
-    size_t form = granted & FUSE_SETXATTR_EXT ? sizeof out : FUSE_COMPAT_SETXATTR_IN_SIZE;
+    struct fuse_setxattr_in in = {.size = (uint32_t)length};
+    bool extended = atomic_load(&shared->granted_flags) & FUSE_SETXATTR_EXT;
+    size_t form = extended ? sizeof in : FUSE_COMPAT_SETXATTR_IN_SIZE;
     unsigned char *at = request + sizeof *head;
-    out.size = sizeof value;
-    memcpy(at, &out, form);
-    memcpy(at + form, name, sizeof name);
-    memcpy(at + form + sizeof name, value, sizeof value);
+    memcpy(at, &in, form);
+    memcpy(at += form, name, strlen(name) + 1);
+    memcpy(at += strlen(name) + 1, value, length);
     head->opcode = FUSE_SETXATTR;
-    head->len = (uint32_t)(sizeof *head + form + sizeof name + sizeof value);
+    head->len = (uint32_t)(at + length - request);
     return head->len;
+}
+
+size_t forward_drain(struct shared_header *shared, unsigned char *request, uint64_t unique)
+{
+    struct fuse_in_header head = {.unique = unique, .nodeid = DISK_INODE};
+    memcpy(request, &head, sizeof head);
+    return write_setxattr(shared, request, "posthoc.drain", "", 0);
+}
+
+/* In place: a reader's memory has room. */
+static size_t as_setxattr(struct shared_header *shared, unsigned char *request)
+{
+    struct fuse_fallocate_in in;
+    memcpy(&in, request + sizeof(struct fuse_in_header), sizeof in);
+    const uint64_t value[] = {in.mode, in.offset, in.length};
+    return write_setxattr(shared, request, "posthoc.fallocate", value, sizeof value);
 }
 
 void forward_request(struct worker *worker, size_t length)
@@ -45,6 +58,6 @@ void forward_request(struct worker *worker, size_t length)
         return;
     }
     if (head->opcode == FUSE_FALLOCATE)
-        length = as_setxattr(worker_request(worker), atomic_load(&server->shared->granted_flags));
+        length = as_setxattr(server->shared, worker_request(worker));
     control_request(server->control, worker_request(worker), length);
 }

@@ -35,6 +35,9 @@ enum shared_kind { KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_DISCARD, SHARED_KINDS
 /* Steps of a swap. Whoever finds one cut in the middle gives the bits back. */
 enum { SWAP_NONE, SWAP_TAKING, SWAP_TAKEN };
 
+/* A server that dies in the act leaves SENT_PERHAPS. */
+enum { SENT_NOT, SENT_YES, SENT_PERHAPS };
+
 /* As overlayfs/recorder.py lays out one kind: written by one thread only, read by anyone. */
 struct shared_kind_statistics {
     _Atomic uint64_t operations;
@@ -56,7 +59,7 @@ struct shared_row {
     uint32_t opcode;
     uint32_t epoch;      /* of the session that it was sent to last */
     uint32_t deliveries; /* how many sessions have got it */
-    uint32_t sent;       /* whether the session of `epoch` has it */
+    uint32_t sent;       /* whether the session of `epoch` has it: SENT_... */
 };
 
 struct shared_header {

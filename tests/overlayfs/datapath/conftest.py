@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program under test, and a disk to serve with it."""
 
-import os
 import pathlib
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -16,17 +14,6 @@ from tests.overlayfs.datapath import native
 # No multiple of a page, nor of a segment.
 SIZE = 16 * 1024 * 1024 + 1000
 Serve = Callable[..., AbstractContextManager[native.Native]]
-
-
-@pytest.fixture(scope="session")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A build with delays and sabotage: $POSTHOC_DATAPATH, where the sanitizers' builds are, or one made here."""
-    chosen = os.environ.get("POSTHOC_DATAPATH")
-    if chosen:
-        return pathlib.Path(chosen)
-    path = tmp_path_factory.mktemp("program") / "posthoc-datapath"
-    subprocess.run([native.ROOT / "scripts" / "build-datapath", "faults", path], check=True)
-    return path
 
 
 @pytest.fixture(scope="session")

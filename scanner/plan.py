@@ -35,7 +35,7 @@ ZEROS, ONE_SIDE, WRITTEN = "zeros", "one-side", "written"
 REASONS = (ZEROS, ONE_SIDE, WRITTEN, same.REFLINKS, same.BACKING)
 
 # How much a worker takes at once; the controls are looked at in between. The reader reads it in pieces.
-CHUNK = 8 << 20
+CHUNK = 4 << 20
 
 # A shortcut that saves less than this between two reads is not taken: a chunk costs about as much beyond its
 # bytes (locks, two calls, bits) as reading so many.

@@ -7,9 +7,12 @@ the serving processes used for each request. QEMU's export has a dirty bitmap on
 
     scripts/bench/guest_io.py [--folder DIR] [--cache writeback|none] [--seconds 2] [--rounds 3]
                               [--only native,qemu] [--jobs randread-1,...] [--threads N] [--storage-daemon PATH]
+                              [--newer PATH]
 
-A folder on tmpfs shows what the data path itself costs, one on a disk with --cache none what is left of a device.
-Targets (DESIGN): 2 x qemu-storage-daemon 7.2 at depth 1, 2.5 x at depth 16; 0.8 of the raw device with O_DIRECT.
+--newer names a second, newer qemu-storage-daemon to be measured in the same run. A folder on tmpfs shows what the data
+path itself costs, one on a disk with --cache none what is left of a device.
+Targets (DESIGN): 2 x qemu-storage-daemon 7.2 at depth 1, 2.5 x at depth 16 (version 10: 1.6 x and 2 x); 0.8 of the raw
+device with O_DIRECT.
 """
 
 from __future__ import annotations
@@ -88,9 +91,10 @@ def posthoc(folder: pathlib.Path, arguments: argparse.Namespace, way: str) -> It
     mountpoint = folder / way
     mountpoint.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "posthoc"]
-    options = ["--paused", "--datapath", way, "--cache", arguments.cache]
-    if arguments.threads and way == "native":
-        options += ["--threads", str(arguments.threads)]
+    options = ["--paused", "--datapath", way]
+    if way == "native":
+        options += ["--cache", arguments.cache]
+        options += ["--threads", str(arguments.threads)] if arguments.threads else []
     images = [folder / "live", folder / "reference", mountpoint]
     subprocess.run([*command, "mount", *options, *images], check=True, env=ENVIRONMENT)
     try:
@@ -102,11 +106,13 @@ def posthoc(folder: pathlib.Path, arguments: argparse.Namespace, way: str) -> It
 
 
 @contextlib.contextmanager
-def storage_daemon(folder: pathlib.Path, arguments: argparse.Namespace) -> Iterator[Disk]:
+def storage_daemon(
+    folder: pathlib.Path, arguments: argparse.Namespace, program: str
+) -> Iterator[Disk]:
     target, monitor = folder / "qsd", folder / "qsd.monitor"
     target.touch()
     direct = "on" if arguments.cache == "none" else "off"
-    command = [arguments.storage_daemon]
+    command = [program]
     command += [
         "--blockdev",
         f"driver=file,node-name=f,filename={folder}/live,cache.direct={direct}",
@@ -163,7 +169,8 @@ CONTENDERS: dict[
 ] = {
     "native": lambda folder, arguments: posthoc(folder, arguments, "native"),
     "python": lambda folder, arguments: posthoc(folder, arguments, "python"),
-    "qemu": storage_daemon,
+    "qemu": lambda folder, arguments: storage_daemon(folder, arguments, arguments.storage_daemon),
+    "newer": lambda folder, arguments: storage_daemon(folder, arguments, arguments.newer),
     "nbdfuse": nbdfuse,
     "file": itself,
 }
@@ -245,14 +252,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", choices=["writeback", "none"], default="writeback")
     parser.add_argument("--threads", type=int, help="of the native data path")
-    parser.add_argument(
-        "--only", default=",".join(CONTENDERS), help="contenders, the first is compared"
-    )
+    parser.add_argument("--only", help="contenders, the first is compared (all)")
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--folder", help="where the disk is made (a temporary folder)")
     parser.add_argument("--storage-daemon", default="qemu-storage-daemon")
+    parser.add_argument("--newer", help="another qemu-storage-daemon")
     arguments = parser.parse_args()
-    names, jobs = arguments.only.split(","), arguments.jobs.split(",")
+    everybody = [name for name in CONTENDERS if name != "newer" or arguments.newer]
+    names = arguments.only.split(",") if arguments.only else everybody
+    jobs = arguments.jobs.split(",")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         results = measure(pathlib.Path(name), names, jobs, arguments)
     report(results, names, jobs)

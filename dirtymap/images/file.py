@@ -9,26 +9,30 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dirtymap import errors, extent
-from dirtymap.images import lock, pagecache
+from dirtymap.images import lock, loop, pagecache
 
-# include/uapi/linux/loop.h: struct loop_info64 begins with lo_device and lo_inode.
-_LOOP_GET_STATUS64 = 0x4C05
-_LOOP_INFO64_LENGTH = 232
-_LOOP_MAJOR = 7
+# include/uapi/linux/fs.h: whether the device takes no writes.
+_BLKROGET = 0x125E
 
 
 class FileImage:
-    """The raw image at `path`; use `open_file`."""
+    """The raw image at `path`; use `open_file`.
 
-    def __init__(self, path: str, fd: int, size: int, *, writable: bool) -> None:
+    `held` are descriptors that keep locks on what lies behind it; they are closed with it.
+    """
+
+    def __init__(
+        self, path: str, fd: int, size: int, *, writable: bool, held: Sequence[int] = ()
+    ) -> None:
         self.name = path
         self.path = os.path.abspath(path)
         self.size = size
         self.writable = writable
         self.fd = fd
+        self._held = list(held)
         self._reader = pagecache.Reader(fd)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
@@ -117,6 +121,8 @@ class FileImage:
     def close(self) -> None:
         """Close the file and with it its locks."""
         self._reader.close()
+        while self._held:
+            os.close(self._held.pop())
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -125,8 +131,8 @@ class FileImage:
 def open_file(path: str, *, writable: bool = False) -> FileImage:
     """Open the raw file or block device at `path` and lock it as QEMU would; the caller closes it.
 
-    Raises ImageError where it is missing, not readable or writable, empty, neither a file nor a
-    block device, or in use by somebody else.
+    What lies behind a loop device is locked too: it is the same disk. Raises ImageError where the image is
+    missing, not readable or writable, empty, neither a file nor a block device, or in use by somebody else.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
@@ -142,8 +148,13 @@ def open_file(path: str, *, writable: bool = False) -> FileImage:
         raise errors.ImageError(path, f"cannot be opened: {errors.reason(error)}") from None
     try:
         size = _size(fd, path)
+        if writable:
+            _check_takes_writes(fd, path)
         lock.take(fd, path, writing=writable)
-        return FileImage(path, fd, size, writable=writable)
+        if writable:
+            loop.check_over(fd, path)
+        held = loop.lock_behind(fd, path, writable=writable)
+        return FileImage(path, fd, size, writable=writable, held=held)
     except BaseException:
         os.close(fd)
         raise
@@ -160,20 +171,33 @@ def _size(fd: int, path: str) -> int:
     return size
 
 
+def _check_takes_writes(fd: int, path: str) -> None:
+    """Refuse a device that was opened for writing and will fail every write."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        (read_only,) = struct.unpack("=i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))
+        if read_only:
+            raise errors.ImageError(path, "is a read-only device: it can be mounted --read-only")
+
+
 def identity(fd: int) -> tuple[int, int, int]:
     """Return what two names of the same bytes have in common.
 
-    For a loop device that is its backing file; two partitions or offsets of one file count as the same,
-    which is a doubt that only ever refuses.
+    For a loop device that is its backing file, also over further loop devices; two partitions or offsets of one
+    file count as the same, which is a doubt that only ever refuses.
     """
-    status = os.fstat(fd)
-    if not stat.S_ISBLK(status.st_mode):
-        return (0, status.st_dev, status.st_ino)
-    if os.major(status.st_rdev) == _LOOP_MAJOR:
-        try:
-            info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_LENGTH))
-        except OSError:
+    found = loop.behind(fd)
+    if found is None:
+        status = os.fstat(fd)
+        if stat.S_ISBLK(status.st_mode):
             return (1, status.st_rdev, 0)
-        device, inode = struct.unpack_from("=QQ", info)
-        return (0, device, inode)
-    return (1, status.st_rdev, 0)
+        return (0, status.st_dev, status.st_ino)
+    if not found.rdevice:
+        return (0, found.device, found.inode)
+    try:
+        deeper = loop.open_node(found.rdevice)
+    except OSError:
+        return (1, found.rdevice, 0)
+    try:
+        return identity(deeper)
+    finally:
+        os.close(deeper)

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from dirtymap import errors, state
-from dirtymap.images import file
+from dirtymap.images import file, loop
 from overlayfs.datapath import native
 from posthoc import background, exits
 from posthoc.sessions import pair, ways
@@ -128,8 +128,21 @@ async def _adopt(folder: state.Folder, ready: Callable[[], None]) -> state.End:
         legacy, is_same = ways.inherited(ways.Legacy.restored(way.session))
         parameters = legacy.parameters
         live = file.FileImage(
-            parameters.live, os.dup(way.live), way.memory.size, writable=not parameters.read_only
+            parameters.live,
+            os.dup(way.live),
+            way.memory.size,
+            writable=not parameters.read_only,
+            held=_lock_behind(way.live, parameters),
         )
         with pair.adopt_pair(live, parameters.reference, options=parameters.options) as images:
             session = Session(legacy, images, way, adopted=True, same_reference=is_same)
             return await session.serve(ready)
+
+
+def _lock_behind(live: int, parameters: Parameters) -> list[int]:
+    """Lock anew what is behind a loop device: those locks were the dead session's. The guest goes on in any case."""
+    try:
+        return loop.lock_behind(live, parameters.live, writable=not parameters.read_only)
+    except errors.ImageError as error:
+        log.warning("%s", error)
+        return []

@@ -121,6 +121,8 @@ def test_live_and_reference_the_same(tmp_path: Path, mountpoint: Path) -> None:
         assert "the same disk" in refused(live, other, mountpoint=mountpoint)
     with qemu.loop_device(live) as device:
         assert "the same disk" in refused(device, live, mountpoint=mountpoint)
+        with qemu.loop_device(device) as above:
+            assert "the same disk" in refused(above, live, mountpoint=mountpoint)
 
 
 @pytest.mark.parametrize("name", ["base.raw", "qcow2:middle.qcow2"])
@@ -182,6 +184,32 @@ def test_a_live_disk_that_qemu_uses(tmp_path: Path, mountpoint: Path) -> None:
     live, reference = images.pair(tmp_path)
     with qemu.nbd_server(live, "raw", writable=True):
         assert "in use by another program" in refused(live, reference, mountpoint=mountpoint)
+
+
+def test_a_live_disk_in_use_by_another_name(tmp_path: Path, mountpoint: Path) -> None:
+    """Two mounts wrote one disk, each blind to the other; a file system on a loop device did the same."""
+    live, reference = images.pair(tmp_path)
+    second = new_folder(tmp_path, "second")
+    with command.mounted(live, reference, mountpoint):
+        with qemu.loop_device(live) as device:
+            assert "in use by another program" in refused(device, reference, mountpoint=second)
+    with qemu.loop_device(live) as device:
+        words = f"can be written through {device}"
+        assert words in refused(live, reference, mountpoint=mountpoint)
+        with command.mounted(device, reference, mountpoint) as mount:
+            assert "in use by another program" in refused(live, reference, mountpoint=second)
+            assert command.until_state(mount, "complete")["dirty"] == 0
+            with qemu.loop_device(mount / "disk") as above:
+                images.overwrite(above, 0, b"through a device above the mount")
+            assert command.status(mount)["written"] == SEGMENT
+
+
+def test_a_live_disk_that_takes_no_writes(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path)
+    with qemu.loop_device(live, read_only=True) as device:
+        assert "is a read-only device" in refused(device, reference, mountpoint=mountpoint)
+        with command.mounted(device, reference, mountpoint, "--read-only") as mount:
+            assert command.until_state(mount, "complete")["dirty"] == 0
 
 
 def test_qemu_cannot_use_the_disk_beside_the_mount(tmp_path: Path, mountpoint: Path) -> None:

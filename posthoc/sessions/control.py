@@ -6,6 +6,8 @@ pause   resume   cancel   rescan   rate 100M | rate none   workers 2   pacing on
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 from dirtymap import errors, units
@@ -29,14 +31,14 @@ class Scan(Protocol):
 
 
 def obey(scan: Scan, text: str) -> None:
-    """Carry out every line of `text`; UserError at the first that is no command, which ends it there."""
-    for line in text.splitlines():
-        words = line.split()
-        if words:
-            _obey(scan, words[0], words[1:])
+    """Carry out every line of `text`, or none: UserError where one of them is no command."""
+    lines = [words for line in text.splitlines() if (words := line.split())]
+    for act in [_parse(scan, verb, arguments) for verb, *arguments in lines]:
+        act()
 
 
-def _obey(scan: Scan, verb: str, arguments: list[str]) -> None:
+def _parse(scan: Scan, verb: str, arguments: list[str]) -> Callable[[], None]:
+    """Return what carries out one command; UserError where it is none."""
     plain = {
         "pause": scan.pause,
         "resume": scan.resume,
@@ -45,15 +47,15 @@ def _obey(scan: Scan, verb: str, arguments: list[str]) -> None:
     }
     match verb, arguments:
         case _, [] if verb in plain:
-            plain[verb]()
+            return plain[verb]
         case "rate", ["none"]:
-            scan.set_rate(None)
+            return functools.partial(scan.set_rate, None)
         case "rate", [amount]:
-            scan.set_rate(positive_rate(amount))
+            return functools.partial(scan.set_rate, positive_rate(amount))
         case "workers", [number]:
-            scan.set_workers(worker_count(number))
+            return functools.partial(scan.set_workers, worker_count(number))
         case "pacing", ["on" | "off" as word]:
-            scan.set_pacing(word == "on")
+            return functools.partial(scan.set_pacing, word == "on")
         case _:
             text = " ".join([verb, *arguments])
             shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -74,7 +74,9 @@ class Content(Protocol):
 
 
 class VirtualFile(Protocol):
-    """A file whose contents are made when it is opened. Called on the event loop: no call may wait.
+    """A file whose contents are made when it is opened. Called on the event loop: only `open` may wait.
+
+    While one opener waits, the guest and the other openers are served.
 
     What is raised: an OSError's errno is the caller's; a ValueError in `write` is EINVAL; anything else
     is a bug, EIO to the caller, and logged.
@@ -89,9 +91,9 @@ class VirtualFile(Protocol):
         """Permission bits. What nobody may do is refused to root as well."""
 
     def length(self) -> int:
-        """Return the bytes that an opener would find now."""
+        """Return the bytes that an opener would find now, or about as many: whoever opens it learns the number."""
 
-    def open(self) -> Content:
+    async def open(self) -> Content:
         """Return the contents for one opener."""
 
     def write(self, data: bytes) -> None:
@@ -311,7 +313,7 @@ class Filesystem(pyfuse3.Operations):
         if (_reads(flags) and not file.mode & 0o444) or (_writes(flags) and not file.mode & 0o222):
             raise pyfuse3.FUSEError(errno.EACCES)
         if _reads(flags):
-            self._contents[handle] = file.open()
+            self._contents[handle] = await file.open()
         return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
 
     def _check_disk(self, flags: int) -> None:
@@ -324,17 +326,19 @@ class Filesystem(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read; fewer bytes only at the end."""
         if fh & INODE_MASK != DISK_INODE:
-            return self._content(fh).read(off, size)
+            return (await self._content(fh)).read(off, size)
         length = min(size, self._disk.size - off)
         if length <= 0:
             return b""
         # pyfuse3 copies from any buffer; only its signature says bytes.
         return cast("bytes", await self._disk.read(off, length))
 
-    def _content(self, fh: int) -> Content:
+    async def _content(self, fh: int) -> Content:
         """Return an opener's contents, made anew when it opened the file in an earlier session."""
         if fh not in self._contents:
-            self._contents[fh] = self._file(fh & INODE_MASK).open()
+            made = await self._file(fh & INODE_MASK).open()
+            # Two reads at once: the first that has made them decides for both.
+            self._contents.setdefault(fh, made)
         return self._contents[fh]
 
     @answered

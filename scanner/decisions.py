@@ -24,6 +24,9 @@ _HEADER = _HEADER_NUMBERS * 8
 # Numbers of the header: what they are, the geometry, read errors, then one for each reason of plan.REASONS.
 _AT_MAGIC, _AT_SIZE, _AT_GRANULARITY, _AT_ERRORS, _AT_REASONS = 0, 1, 2, 3, 8
 
+# Segments that are decided or copied in one go under the lock, for which `cat status` may have to wait.
+_STEP = 1 << 22
+
 
 def buffer_length(size: int, granularity: int) -> int:
     """Return the bytes that the decisions on a disk of `size` bytes need."""
@@ -49,6 +52,7 @@ class Decisions:
         self.unscanned = bitmap.Bitmap(size, granularity, memory[_HEADER + half :])
         self._lock = threading.Lock()
         self._decided = self._differing = 0
+        self._resets = 0
         if (
             self._numbers[_AT_MAGIC],
             self._numbers[_AT_SIZE],
@@ -77,6 +81,7 @@ class Decisions:
     def reset(self) -> None:
         """Forget every decision: all is unscanned. No scan may be running on these decisions."""
         with self._lock:
+            self._resets += 1
             # In this order: at no moment is a segment neither unscanned nor decided.
             self.unscanned.fill()
             self.diff.erase()
@@ -98,8 +103,9 @@ class Decisions:
 
     def equal(self, first: int, count: int, reason: str) -> None:
         """Decide `count` segments that are known to be equal without being read."""
-        with self._lock:
-            self._add(reason, self._clear(first, count))
+        for begin in range(first, first + count, _STEP):
+            with self._lock:
+                self._add(reason, self._clear(begin, min(_STEP, first + count - begin)))
 
     def written(self, first: int, mask: npt.NDArray[np.bool_]) -> None:
         """Decide the segments with a true `mask`: the write bitmap has them, and with it every map."""
@@ -141,18 +147,42 @@ class Decisions:
     # Looking at them
 
     def map(self, written: bitmap.Bitmap | None = None) -> bitmap.Bitmap:
-        """Return the dirty map of this instant: diff OR unscanned OR `written`, a copy.
+        """Return the dirty map, a copy: diff OR unscanned OR `written`, each bit as of some moment of the call.
 
-        `written` has to hold everything written since before the scan's first read.
+        Whatever was dirty at the call's beginning is in it, and later writes may be. `written` has to hold
+        everything written since before the scan's first read.
         """
-        with self._lock:
-            dirty = self.diff.copy()
-            dirty.update(self.unscanned)
-            if written is not None:
-                # Last: a segment whose write came later than its decision is then not missed, and one
-                # skipped because of its write bit has lost its unscanned bit only after it.
-                dirty.update(written)
-            return dirty
+        dirty = bitmap.Bitmap(self.size, self.granularity)
+        for begin in range(0, len(dirty.data), _STEP // 8):
+            part = slice(begin, begin + _STEP // 8)
+            with self._lock:
+                found = self.diff.data[part] | self.unscanned.data[part]
+                if written is not None:
+                    # Last: a segment whose write came later than its decision is then not missed, and one
+                    # skipped because of its write bit has lost its unscanned bit only after it.
+                    found |= written.data[part]
+            # What stays zero needs no memory.
+            if found.max():
+                dirty.data[part] = found
+        return dirty
+
+    def sums(self, written: bitmap.Bitmap) -> tuple[int, int]:
+        """Return the bytes of `written` and those of the map, which is not made for it. From any thread.
+
+        Exact when nothing changes meanwhile; else the map's may be too many, never too few: what was unscanned
+        before the count, what differs after it, and in between what is written and neither. Whatever is decided
+        during the count only moves a segment from the first to one of the others, and it counts twice. A segment
+        becomes unscanned again by a reset alone, and then all is counted anew.
+        """
+        while True:
+            with self._lock:
+                resets, undecided = self._resets, self.size - self._decided
+            beyond = written.dirty_bytes(without=(self.diff, self.unscanned))
+            with self._lock:
+                differing = self._differing
+                if resets != self._resets:
+                    continue
+            return written.dirty_bytes(), min(self.size, undecided + differing + beyond)
 
     def undecided(self) -> list[tuple[int, int]]:
         """Return (start, length) in bytes of everything not decided yet."""

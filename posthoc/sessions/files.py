@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
+
+import trio
 
 from dirtymap import errors
 from dirtymap.qcow2 import carrier
@@ -34,22 +36,29 @@ class Text:
         return self._data[start : start + length]
 
 
+# What a status has about, before anybody has opened it.
+_USUAL_LENGTH = 1024
+
+
 class Report:
     """A file whose text is made when it is opened."""
 
     mode = 0o444
 
-    def __init__(self, name: str, make: Callable[[], str]) -> None:
+    def __init__(self, name: str, make: Callable[[], Awaitable[str]]) -> None:
         self.name = name
         self._make = make
+        self._length = _USUAL_LENGTH
 
     def length(self) -> int:
-        """Return the length that it would have now."""
-        return len(self._make().encode())
+        """Return the last text's length: a look at the folder must not cost what reading does."""
+        return self._length
 
-    def open(self) -> Content:
+    async def open(self) -> Content:
         """Return the text as of now."""
-        return Text(self._make().encode())
+        text = Text((await self._make()).encode())
+        self._length = text.length
+        return text
 
     def write(self, data: bytes) -> None:
         """Refuse: it is for reading."""
@@ -63,6 +72,7 @@ class DirtyMap:
     mode = 0o444
 
     def __init__(self, make: Callable[[], carrier.Carrier], length: int) -> None:
+        """`make` is called in a thread: the maps of large disks take long to copy."""
         self._make = make
         self._length = length
 
@@ -70,9 +80,9 @@ class DirtyMap:
         """Return the length, the same for every map of the disk: openers ask before they read."""
         return self._length
 
-    def open(self) -> Content:
-        """Return the carrier of the map as of now."""
-        return self._make()
+    async def open(self) -> Content:
+        """Return the carrier of the map, in which all is that was written before the call."""
+        return await trio.to_thread.run_sync(self._make)
 
     def write(self, data: bytes) -> None:
         """Refuse: it is for reading."""
@@ -92,7 +102,7 @@ class Control:
         """It holds nothing."""
         return 0
 
-    def open(self) -> Content:
+    async def open(self) -> Content:
         """It has nothing to read."""
         return Text(b"")
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """One mount, one scan, one map. All methods are for the event loop."""
+    """One mount, one scan, one map. All methods are for the event loop, but `map`."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Session:
         )
 
     def map(self) -> bitmap.Bitmap:
-        """Return the dirty map as of now."""
+        """Return the dirty map as of now; for any thread."""
         return self._decisions.map(self._written())
 
     def _written(self) -> bitmap.Bitmap:
@@ -175,11 +175,23 @@ class Session:
             self._decisions.size, self._parameters.granularity, self._parameters.bitmap
         ).length
         return [
-            files.Report("status", lambda: report.as_text(self.facts())),
-            files.Report("status.json", lambda: report.as_json(self.facts())),
-            files.DirtyMap(lambda: carrier.pieces(self.map(), self._parameters.bitmap), length),
+            files.Report("status", self._text),
+            files.Report("status.json", self._json),
+            files.DirtyMap(self._carrier, length),
             files.Control(self._obey),
         ]
+
+    async def _text(self) -> str:
+        return report.as_text(await self.facts())
+
+    async def _json(self) -> str:
+        return report.as_json(await self.facts())
+
+    def _carrier(self) -> carrier.Carrier:
+        """Return the map as a file, for its opener alone; in a thread."""
+        dirty = self.map()
+        layout = carrier.layout(dirty.size, dirty.granularity, self._parameters.bitmap)
+        return carrier.Carrier(layout, dirty.data)
 
     def _obey(self, text: str) -> None:
         control.obey(self, text)
@@ -222,10 +234,11 @@ class Session:
 
     # What is told
 
-    def facts(self) -> dict[str, Any]:
+    async def facts(self) -> dict[str, Any]:
         """Return the status of this moment, in the contract's order; sizes in bytes."""
         now = self._scan.statistics()
-        written = self._written()
+        # After the statistics: the bytes that are dirty then are in the sum.
+        written, dirty = await trio.to_thread.run_sync(self._decisions.sums, self._written())
         return {
             "state": progress.FAILED if self._bug else now.state,
             "live": self._parameters.live,
@@ -235,8 +248,8 @@ class Session:
             "scanned": now.scanned,
             "skipped": now.skipped,
             "differing": now.differing,
-            "written": written.dirty_bytes(),
-            "dirty": self.map().dirty_bytes(),
+            "written": written,
+            "dirty": dirty,
             "rate": now.rate,
             "eta": now.eta,
             "errors": now.error_count,

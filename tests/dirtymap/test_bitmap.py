@@ -56,6 +56,27 @@ def test_every_operation_equals_the_set_of_segments(made: tuple[bitmap.Bitmap, s
     )
 
 
+@pytest.mark.parametrize("size", [1, 64 * 512, (9 << 20) * 512 + 65 * 512 + 7])
+def test_counting_without_what_others_have(size: int) -> None:
+    """Windows, the last word and the partial last segment: as by making the difference."""
+    random = np.random.default_rng(size)
+    made, *others = (bitmap.Bitmap(size, 512) for _ in range(3))
+    for one in (made, *others):
+        some = random.integers(0, one.segments, 3000)
+        one.data[some >> 3] |= np.uint8(1) << (some & 7).astype(np.uint8)
+        one.data[: len(one.data) // 2] = 0xA5
+        if one is not others[-1]:
+            one.set(one.segments - 1)
+    for without in ([], others[:1], others):
+        left = made.copy()
+        for other in without:
+            left.data &= ~other.data
+        expected = int(left.unpack(0, left.segments).sum()) * 512
+        if left.get(left.segments - 1):
+            expected -= left.segments * 512 - size
+        assert made.dirty_bytes(without=without) == expected
+
+
 @given(maps())
 def test_runs_are_apart_and_extents_end_at_the_disk(made: tuple[bitmap.Bitmap, set[int]]) -> None:
     bits, _ = made

@@ -170,7 +170,7 @@ class Status:
     def length(self) -> int:
         return len(self._text())
 
-    def open(self) -> filesystem.Text:
+    async def open(self) -> filesystem.Text:
         content = filesystem.Text(self._text())
         self.opened += 1
         return content
@@ -191,7 +191,7 @@ class Large:
     def length(self) -> int:
         return self.size
 
-    def open(self) -> filesystem.Text:
+    async def open(self) -> filesystem.Text:
         self.opened += 1
         pages = -(-self.size // 4096)
         data = b"".join(bytes([(page + self.opened) % 256]) * 4096 for page in range(pages))
@@ -212,7 +212,7 @@ class Control:
     def length(self) -> int:
         return 0
 
-    def open(self) -> filesystem.Text:
+    async def open(self) -> filesystem.Text:
         raise AssertionError("control is not readable")
 
     def write(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -58,6 +59,53 @@ def test_each_kind_of_decision_is_counted_in_bytes() -> None:
     }
     assert made.complete
     assert dirty(made) == {0, 4, 100}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.sampled_from(["differs", "equal", "write"]))),
+)
+def test_the_sums_are_those_of_the_map(steps: list[tuple[int, str]]) -> None:
+    """Counted without making the map, and the same, when nothing changes meanwhile."""
+    made, written = decisions.Decisions(SIZE, 512), bitmap.Bitmap(SIZE, 512)
+    for segment, verb in steps:
+        if verb == "write":
+            written.set(segment)
+        else:
+            made.compared(segment, mask(verb == "differs"))
+        assert made.sums(written) == (written.dirty_bytes(), made.map(written).dirty_bytes())
+
+
+class _Interrupted(bitmap.Bitmap):
+    """A write bitmap during the first count of which something happens to the decisions."""
+
+    __slots__ = ("happen",)
+
+    happen: Callable[[], None] | None
+
+    def dirty_bytes(self, *, without: Sequence[bitmap.Bitmap] = ()) -> int:
+        happen, self.happen = self.happen, None
+        if without and happen:
+            happen()
+        return super().dirty_bytes(without=without)
+
+
+@pytest.mark.parametrize("verb", ["reset", "compared", "written"])
+def test_a_sum_is_never_too_small(verb: str) -> None:
+    """What changes during the count may be counted twice, and never not at all."""
+    made, written = decisions.Decisions(SIZE, 512), _Interrupted(SIZE, 512)
+    written.set(0, 40)
+    made.compared(0, mask(*[0] * 50))
+    happens: dict[str, Callable[[], None]] = {
+        "reset": made.reset,
+        "compared": lambda: made.compared(0, mask(*[1] * 60)),
+        "written": lambda: made.written(60, mask(1)),
+    }
+    before = made.map(written).dirty_bytes()
+    written.happen = happens[verb]
+    _, dirty = made.sums(written)
+    assert dirty >= before
+    if verb == "reset":
+        assert dirty == SIZE
 
 
 def test_a_segment_decided_twice_counts_once() -> None:

@@ -67,7 +67,7 @@ class Facts:
     def length(self) -> int:
         return len(self._text())
 
-    def open(self) -> filesystem.Text:
+    async def open(self) -> filesystem.Text:
         return filesystem.Text(self._text())
 
     def write(self, data: bytes) -> None:
@@ -83,7 +83,7 @@ class Large:
     def length(self) -> int:
         return len(self.data)
 
-    def open(self) -> filesystem.Text:
+    async def open(self) -> filesystem.Text:
         return filesystem.Text(self.data)
 
     def write(self, data: bytes) -> None:
@@ -101,7 +101,7 @@ class Control:
     def length(self) -> int:
         return 0
 
-    def open(self) -> filesystem.Text:
+    async def open(self) -> filesystem.Text:
         raise AssertionError
 
     def write(self, data: bytes) -> None:

@@ -119,6 +119,8 @@ _FORMS: Mapping[str, Callable[[Any, Facts], object]] = {
     "eta": _eta,
     "errors": _errors,
     "error_list": _hidden,
+    "output_due": _hidden,
+    "output_failure": _hidden,
     "savings": _savings,
     "guest": _guest,
     "pacing": _pacing,

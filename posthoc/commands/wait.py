@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`posthoc wait`: block until a mount's scan is over."""
+"""`posthoc wait`: block until a mount's scan is over, and its map written where one was asked for."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the verb."""
     parser = subparsers.add_parser(
         "wait",
-        help="block until the scan is over",
+        help="block until the scan is over and its map written",
         description=(
-            "Wait until the scan of MOUNTPOINT is over, with a progress bar on a terminal. Exits with 0 when "
-            "it is complete, 3 when parts could not be read or the scan has failed, 2 when it was cancelled."
+            "Wait until the scan of MOUNTPOINT is over, and until its map is written where the mount has an "
+            "--output, with a progress bar on a terminal. Exits with 0 when the scan is complete, 3 when parts "
+            "could not be read or the scan has failed, 2 when it was cancelled or the map cannot be written."
         ),
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -50,6 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         code = exits.READ_ERROR
+    if facts["output_failure"]:
+        print(f"posthoc: the map is not written: {facts['output_failure']}", file=sys.stderr)
+        code = exits.MISTAKE
     return code
 
 
@@ -66,7 +70,7 @@ def _wait(mountpoint: str) -> dict[str, Any]:
         *columns, console=console, disable=not console.is_terminal, auto_refresh=False
     ) as progress:
         task = progress.add_task(facts["state"], total=facts["size"], eta="")
-        while facts["state"] not in _ENDS:
+        while facts["state"] not in _ENDS or facts["output_due"]:
             eta = "" if facts["eta"] is None else report.duration(facts["eta"])
             progress.update(
                 task, completed=facts["scanned"], description=facts["state"], eta=eta, refresh=True

@@ -76,6 +76,7 @@ class Session:
         if legacy.cancelled:
             self._scan.cancel()
         self._again = trio.Event()
+        self._resting = False
         self._unmount = trio.CancelScope()
         self._bug: Exception | None = None
         self._output = output.Output(parameters.output, parameters.bitmap)
@@ -145,10 +146,12 @@ class Session:
                 await self._scan.run()
                 self._log_scan()
                 if self._scan.statistics().state == progress.COMPLETE:
-                    await trio.to_thread.run_sync(self._output.write, self.map())
+                    dirty = await trio.to_thread.run_sync(self.map)
+                    await trio.to_thread.run_sync(self._output.write, dirty)
             except Exception as error:  # noqa: BLE001 (kept, told in status and at the end)
                 self._bug = error
                 log.error("the scan failed:\n%s", "".join(traceback.format_exception(error)))
+            self._resting = not self._again.is_set()
             await self._again.wait()
 
     def _log_scan(self) -> None:
@@ -214,6 +217,7 @@ class Session:
     def rescan(self) -> None:
         """Forget what the scan found and begin again."""
         self._scan.rescan()
+        self._resting = False
         self._again.set()
         self._keep(cancelled=False)
 
@@ -258,6 +262,9 @@ class Session:
             "since": self._legacy.since,
             "savings": now.savings,
             "output": self._output.state,
+            # Whether a map of this scan is still to be written, and why that failed: for `posthoc wait`.
+            "output_due": self._parameters.output is not None and not self._resting,
+            "output_failure": self._output.failure,
             "pacing": self._courtesy.allowed if self._courtesy.enabled else None,
             "guest": self._guest(),
             "pid": os.getpid(),

@@ -36,7 +36,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, write the map, and show what was found."""
+    """Compare, show what was found, and write the map."""
     if arguments.output is not None:
         pair.check_map(arguments.output, arguments.live, arguments.reference)
 
@@ -47,13 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     with bar.shown() as watch:
         result = offline.compare(request(arguments), watch=watch, check=check)
-    if arguments.output is not None:
-        carrier.write(arguments.output, result.dirty, arguments.bitmap)
     facts = _facts(arguments, result)
     sys.stdout.write(report.as_json(facts) if arguments.json else report.as_text(facts))
-    return tell(result.statistics, result.notes) or (
-        exits.DIFFERS if facts["dirty"] else exits.DONE
-    )
+    sys.stdout.flush()
+    met_errors = tell(result.statistics, result.notes)
+    if arguments.output is not None:
+        # After the totals: hours of reading are worth something also where the map finds no room.
+        carrier.write(arguments.output, result.dirty, arguments.bitmap)
+    return met_errors or (exits.DIFFERS if facts["dirty"] else exits.DONE)
 
 
 def request(arguments: argparse.Namespace) -> offline.Request:

@@ -204,3 +204,11 @@ def test_text_has_a_line_for_each_fact(tmp_path: Path) -> None:
     assert lines["size"] == "4194304 (4.0 MiB)"
     assert lines["differing"] == lines["dirty"] == "65536 (64.0 KiB)"
     assert lines["errors"] == "0"
+
+
+def test_totals_are_told_where_the_map_finds_no_room(tmp_path: Path, full_disk: Path) -> None:
+    """Hours of reading ended in one line about the disk that was full, and no figure."""
+    live, reference = images.pair(tmp_path, changed=[1])
+    facts = diff(live, reference, "-o", full_disk / "map.qcow2", status=2)
+    assert facts["dirty"] == images.SEGMENT
+    assert [file.name for file in full_disk.iterdir()] == ["filler"]

@@ -6,7 +6,6 @@ import os
 import pathlib
 import signal
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,17 +16,6 @@ from tests.posthoc.images import MIB, SEGMENT
 Path = pathlib.Path
 
 BAD = 20 * SEGMENT + 4096
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB with hardly any room left."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(folder)], check=True)
-    (folder / "filler").write_bytes(bytes(120 << 10))
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def refused(*arguments: str | Path, mountpoint: Path, env: dict[str, str] | None = None) -> str:

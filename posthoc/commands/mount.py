@@ -92,24 +92,37 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.live is not None:
             raise errors.UserError("--adopt takes everything from the mount: no LIVE, no REFERENCE")
         if here:
-            return mounted.adopt(mountpoint.resolve(arguments.adopt), ready_fd=arguments.ready_fd)
+            where = mountpoint.resolve(arguments.adopt)
+            return mounted.adopt(where, ready_fd=arguments.ready_fd, announce=_announce(arguments))
     elif arguments.mountpoint is None or "" in (
         *(arguments.live, arguments.reference, arguments.mountpoint, arguments.output),
     ):
         raise errors.UserError("mount needs LIVE, REFERENCE and MOUNTPOINT, or --adopt MOUNTPOINT")
     elif here:
-        return mounted.run(_parameters(arguments), ready_fd=arguments.ready_fd)
+        return mounted.run(
+            _parameters(arguments), ready_fd=arguments.ready_fd, announce=_announce(arguments)
+        )
     code = background.start(sys.argv[1:])
     if code == exits.DONE and arguments.json:
-        _print(mountpoint.resolve(arguments.adopt or arguments.mountpoint))
+        where = mountpoint.resolve(arguments.adopt or arguments.mountpoint)
+        _print(where, status.read(where))
     return code
 
 
-def _print(where: str) -> None:
+def _announce(arguments: argparse.Namespace) -> mounted.Ready | None:
+    """Return what shows that a session in the foreground is ready; in the background its command does."""
+    if not arguments.json or arguments.ready_fd is not None:
+        return None
+    where = mountpoint.resolve(arguments.adopt or arguments.mountpoint)
+    return lambda facts: _print(where, facts)
+
+
+def _print(where: str, facts: report.Facts) -> None:
     """Show where everything is, and the first status."""
     places = {name: os.path.join(where, name) for name in ("disk", "control")}
     places["map"] = os.path.join(where, "dirty.qcow2")
-    sys.stdout.write(report.as_json({"mountpoint": where, **places, **status.read(where)}))
+    sys.stdout.write(report.as_json({"mountpoint": where, **places, **facts}))
+    sys.stdout.flush()
 
 
 def _parameters(arguments: argparse.Namespace) -> Parameters:

@@ -7,6 +7,7 @@ it ended, which `posthoc umount` tells.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -19,21 +20,25 @@ import trio
 from dirtymap import errors, state
 from dirtymap.images import file, loop
 from overlayfs.datapath import native
-from posthoc import background, exits
+from posthoc import background, exits, report
 from posthoc.sessions import pair, ways
 from posthoc.sessions.parameters import Parameters
 from posthoc.sessions.session import Session
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[Callable[[], None]], Awaitable[state.End]]
+Ready = Callable[[report.Facts], None]
+Serve = Callable[[Ready], Awaitable[state.End]]
 
 
-def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
+def run(
+    parameters: Parameters, *, ready_fd: int | None = None, announce: Ready | None = None
+) -> int:
     """Serve until the file system is unmounted or a signal comes; return the exit code.
 
-    `ready_fd`, if given, is where `background.start` waits for the session to be ready. Raises UserError
-    before that; afterwards everything is told in the session's log and at its end.
+    `ready_fd`, if given, is where `background.start` waits for the session to be ready; `announce` is called
+    with the first status then. Raises UserError before that; afterwards everything is told in the session's
+    log and at its end.
     """
     folder = state.Folder(parameters.mountpoint)
     if parameters.output:
@@ -41,7 +46,7 @@ def run(parameters: Parameters, *, ready_fd: int | None = None) -> int:
         _check_beside(parameters.output, parameters.mountpoint)
     folder.lock()
     folder.begin_log()
-    return _run(folder, functools.partial(_begin, parameters, folder), ready_fd)
+    return _run(folder, functools.partial(_begin, parameters, folder), ready_fd, announce)
 
 
 def _check_beside(output: str, mountpoint: str) -> None:
@@ -50,20 +55,24 @@ def _check_beside(output: str, mountpoint: str) -> None:
         raise errors.MapError(output, "is in the mountpoint, which the mount covers")
 
 
-def adopt(mountpoint: str, *, ready_fd: int | None = None) -> int:
+def adopt(mountpoint: str, *, ready_fd: int | None = None, announce: Ready | None = None) -> int:
     """Be the session of a mount whose session has died and whose disk is being served; as `run`."""
     folder = state.Folder(mountpoint)
     folder.lock()
-    return _run(folder, functools.partial(_adopt, folder), ready_fd)
+    return _run(folder, functools.partial(_adopt, folder), ready_fd, announce)
 
 
-def _run(folder: state.Folder, serve: Serve, ready_fd: int | None) -> int:
+def _run(folder: state.Folder, serve: Serve, ready_fd: int | None, announce: Ready | None) -> int:
     folder.remove("end.json")
     was_ready = False
 
-    def ready() -> None:
+    def ready(facts: report.Facts) -> None:
         nonlocal was_ready
         was_ready = True
+        if announce is not None:
+            # Whoever was to read it may have gone; the guest stays.
+            with contextlib.suppress(BrokenPipeError):
+                announce(facts)
         if ready_fd is not None:
             background.detach(ready_fd, folder.log)
 
@@ -82,9 +91,7 @@ def _run(folder: state.Folder, serve: Serve, ready_fd: int | None) -> int:
     return end.exit_code
 
 
-async def _begin(
-    parameters: Parameters, folder: state.Folder, ready: Callable[[], None]
-) -> state.End:
+async def _begin(parameters: Parameters, folder: state.Folder, ready: Ready) -> state.End:
     """Mount anew, with the native program where that works."""
     legacy = ways.Legacy(
         parameters,
@@ -122,7 +129,7 @@ def _unavailable(error: Exception) -> str | None:
     return error.reason if isinstance(error, native.NativeUnavailable) else None
 
 
-async def _adopt(folder: state.Folder, ready: Callable[[], None]) -> state.End:
+async def _adopt(folder: state.Folder, ready: Ready) -> state.End:
     """Go on where a session has died, with the write bitmap and the decisions that were kept."""
     with ways.adopt_native(folder) as way:
         legacy, is_same = ways.inherited(ways.Legacy.restored(way.session))

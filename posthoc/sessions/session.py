@@ -92,15 +92,15 @@ class Session:
         )
         ways.leave(self._way, self._legacy)
 
-    async def serve(self, ready: Callable[[], None]) -> state.End:
-        """Mount, call `ready`, scan; return after the mount has ended and the map is written."""
+    async def serve(self, ready: Callable[[report.Facts], None]) -> state.End:
+        """Mount, call `ready` with the first status, scan; return after the mount has ended and the map is written."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._end_on_signal)
             await nursery.start(self._mounted, nursery.cancel_scope)
             for note in self._notes:
                 log.info("%s", note)
             self.was_ready = True
-            ready()
+            ready(await self.facts())
             nursery.start_soon(self._scanning)
         # Unmounted: no write can come any more.
         with trio.CancelScope(shield=True):

@@ -25,13 +25,13 @@ def info(path: str, driver: str) -> dict[str, Any]:
     arguments = [command(), "info", "-U", "-f", driver, "--output=json", path]
     try:
         result = subprocess.run(
-            arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
     except OSError:
         raise errors.ToolError(arguments, "is not installed or not in PATH") from None
     if result.returncode != 0:
-        raise errors.ToolError(arguments, complaint(result.stderr, path))
-    return cast("dict[str, Any]", json.loads(result.stdout))
+        raise errors.ToolError(arguments, complaint(os.fsdecode(result.stderr), path))
+    return cast("dict[str, Any]", json.loads(os.fsdecode(result.stdout)))
 
 
 def complaint(stderr: str, path: str) -> str:

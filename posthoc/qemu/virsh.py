@@ -133,7 +133,7 @@ class Domain:
         except OSError as error:
             raise errors.ToolError(command, errors.reason(error)) from error
         return subprocess.CompletedProcess(
-            command, raw.returncode, raw.stdout.decode(), raw.stderr.decode()
+            command, raw.returncode, os.fsdecode(raw.stdout), os.fsdecode(raw.stderr)
         )
 
     async def disks(self) -> dict[str, str]:

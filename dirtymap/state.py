@@ -42,12 +42,12 @@ class End:
 
 
 class Folder:
-    """The private folder of the session at `mountpoint` (an absolute path)."""
+    """The private folder of the session at `mountpoint` (an absolute path), beneath `root` or where ours are."""
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str, root: Path | None = None) -> None:
         self.mountpoint = mountpoint
         name = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
-        self.path = _root() / name
+        self.path = (root or _root()) / name
         self._lock: int | None = None
 
     @property
@@ -128,7 +128,7 @@ class Folder:
     def wait_for_end(self) -> None:
         """Return when no session holds this folder any more; a signal interrupts."""
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH)
             finally:
@@ -166,14 +166,39 @@ class Folder:
         return End(code, message)
 
 
+def find(mountpoint: str, owner: int) -> Folder | None:
+    """Return the folder of the session that `owner` has for `mountpoint`: of one that lives, else of one that died.
+
+    Root may look for another user's, and a user for what was mounted with another XDG_RUNTIME_DIR. A folder that
+    tells of an end belongs to an earlier session: whoever begins removes that. None where there is nothing.
+    """
+    folders = [Folder(mountpoint, root) for root in _roots(owner)]
+    ours = [folder for folder in folders if _is_private(folder.path, owner)]
+    dead = [folder for folder in ours if folder.end() is None]
+    return next(iter([*filter(Folder.is_served, ours), *dead]), None)
+
+
 def _root() -> Path:
-    if os.geteuid() == 0:
-        return Path("/run/posthoc")
-    # A job of cron's has no such variable, and must find what was mounted from a terminal.
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-    if Path(runtime).is_dir():
-        return Path(runtime, "posthoc")
-    return Path(f"/tmp/posthoc-{os.geteuid()}")
+    # A job of cron's has no XDG_RUNTIME_DIR, and must find what was mounted from a terminal.
+    return next(root for root in _roots(os.geteuid()) if root.parent.is_dir())
+
+
+def _roots(owner: int) -> list[Path]:
+    """Return where the sessions of a user keep their folders, the best first."""
+    if owner == 0:
+        return [Path("/run/posthoc")]
+    named = os.environ.get("XDG_RUNTIME_DIR") if owner == os.geteuid() else None
+    runtime = [Path(folder, "posthoc") for folder in (named, f"/run/user/{owner}") if folder]
+    return [*runtime, Path(f"/tmp/posthoc-{owner}")]
+
+
+def _is_private(folder: Path, owner: int) -> bool:
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == owner
+    return private and not stat.S_IMODE(status.st_mode) & 0o077
 
 
 def _make_private(folder: Path) -> None:
@@ -188,7 +213,5 @@ def _make_private(folder: Path) -> None:
 
 def _check_private(folder: Path) -> None:
     """Refuse a folder that somebody else made, or can write, or that is only a link."""
-    status = folder.lstat()
-    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not private or stat.S_IMODE(status.st_mode) & 0o077:
+    if not _is_private(folder, os.geteuid()):
         raise errors.UserError(f"{folder}: is not a private folder of this user: remove it")

@@ -24,31 +24,44 @@ from dirtymap import errors
 # As many as the kernel follows (path_resolution(7)).
 _MOST_LINKS = 40
 
+_OWNER = re.compile(r"(?:^|,)user_id=([0-9]+)(?:,|$)")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo; `identity` is unique while the mount stands."""
+    """One line of mountinfo; `identity` is unique while the mount stands.
+
+    `owner` is the user who has mounted it, where the file system says so, as FUSE does.
+    """
 
     identity: int
     path: str
     kind: str
     source: str
+    owner: int | None = None
 
 
 def mounts() -> list[Mount]:
     """Return what is mounted in this process's namespace, in the order it was."""
-    text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
-    return [_parse(line) for line in text.splitlines()]
+    return parse(os.fsdecode(Path("/proc/self/mountinfo").read_bytes()))
+
+
+def parse(text: str) -> list[Mount]:
+    """Return the mounts that a mountinfo (proc(5)) lists."""
+    # Not splitlines(): the kernel escapes the newline of a name, but no other end of a line that Unicode knows.
+    return [_parse(line) for line in text.split("\n") if line]
 
 
 def _parse(line: str) -> Mount:
     # 36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw: the dash ends the optional fields.
     left, right = line.split(" - ", 1)
     identity, _parent, _device, _root, path = left.split(" ")[:5]
-    kind, source = right.split(" ")[:2]
-    return Mount(int(identity), _unescape(path), kind, _unescape(source))
+    kind, source, options = right.split(" ")[:3]
+    owner = _OWNER.search(options)
+    return Mount(
+        int(identity), _unescape(path), kind, _unescape(source), int(owner[1]) if owner else None
+    )
 
 
 def _unescape(text: str) -> str:

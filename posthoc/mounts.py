@@ -30,8 +30,13 @@ class Holder:
 
 def is_mounted(where: str) -> bool:
     """Return whether posthoc is mounted on `where`, a resolved path."""
+    return find(where) is not None
+
+
+def find(where: str) -> mountpoint.Mount | None:
+    """Return posthoc's mount on `where`, a resolved path; None where there is none."""
     mount = mountpoint.find(where)
-    return mount is not None and mount.kind == FSTYPE
+    return mount if mount is not None and mount.kind == FSTYPE else None
 
 
 def holders(where: str) -> list[Holder]:
@@ -45,7 +50,9 @@ def _process_holders(where: str) -> Iterator[Holder]:
         with contextlib.suppress(OSError):
             links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
             if any(_beneath(link, where) for link in links) or _maps(process, where):
-                yield Holder(int(process.name), (process / "comm").read_text().strip())
+                yield Holder(
+                    int(process.name), os.fsdecode((process / "comm").read_bytes()).strip()
+                )
 
 
 def _beneath(link: Path, where: str) -> bool:
@@ -64,5 +71,5 @@ def _loop_holders(where: str) -> Iterator[Holder]:
     """Yield loop devices over a file of the mount: the kernel holds it, no process does."""
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if backing.read_text().strip().startswith(where + "/"):
+            if os.fsdecode(backing.read_bytes()).startswith(where + "/"):
                 yield Holder(0, f"/dev/{backing.parent.parent.name}")

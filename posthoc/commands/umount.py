@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -38,26 +39,42 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Unmount, wait for the session, and return its exit code."""
     where = mountpoint.resolve(arguments.mountpoint)
-    folder = state.Folder(where)
-    if not mounts.is_mounted(where):
-        raise errors.UserError(f"{arguments.mountpoint}: {_why_none(folder)}")
+    mount = mounts.find(where)
+    if mount is None:
+        raise errors.UserError(f"{arguments.mountpoint}: {_why_none(where)}")
+    owner = os.geteuid() if mount.owner is None else mount.owner
+    folder = state.find(where, owner)
     _unmount(where, lazy=arguments.lazy)
     if arguments.lazy:
         end = state.End(exits.DONE, "")
+    elif folder is None:
+        end = state.End(exits.MISTAKE, _UNKNOWN.format(where=where, owner=owner))
     else:
-        folder.wait_for_end()
-        end = folder.end() or state.End(
-            exits.MISTAKE,
-            "its session had died before: the disk has what was written, the map is lost",
-        )
-        if end.exit_code == exits.DONE:
-            folder.discard()
+        end = _end(folder)
     _tell(end, where, as_json=arguments.json)
     return end.exit_code
 
 
-def _why_none(folder: state.Folder) -> str:
-    if folder.is_served():
+_UNKNOWN = (
+    "{where} is unmounted; the session, of user {owner}, keeps its files where they are not found from here: "
+    "whether it has ended, and written its map, is not known"
+)
+
+
+def _end(folder: state.Folder) -> state.End:
+    """Wait for the session and return how it ended."""
+    folder.wait_for_end()
+    end = folder.end() or state.End(
+        exits.MISTAKE, "its session had died before: the disk has what was written, the map is lost"
+    )
+    if end.exit_code == exits.DONE:
+        folder.discard()
+    return end
+
+
+def _why_none(where: str) -> str:
+    folder = state.find(where, os.geteuid())
+    if folder is not None and folder.is_served():
         return "is unmounted already, and its session ends when the files that are open are closed"
     return "no posthoc is mounted here"
 
@@ -76,7 +93,6 @@ def _unmount(where: str, *, lazy: bool) -> None:
         done = subprocess.run(
             mountpoint.unmount_command(where, lazy=lazy),
             capture_output=True,
-            text=True,
             check=False,
         )
         if done.returncode == 0 or not mounts.is_mounted(where):
@@ -88,4 +104,4 @@ def _unmount(where: str, *, lazy: bool) -> None:
     if holders:
         who = ", ".join(map(str, holders))
         raise errors.UserError(f"{where}: is in use by {who}: close it first, or use --lazy")
-    raise errors.UserError(f"{where}: cannot be unmounted: {done.stderr.strip()}")
+    raise errors.UserError(f"{where}: cannot be unmounted: {os.fsdecode(done.stderr).strip()}")

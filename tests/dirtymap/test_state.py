@@ -133,3 +133,48 @@ def test_a_folder_of_somebody_else_is_refused(
     root.symlink_to(tmp_path)
     with pytest.raises(errors.UserError, match="private folder"):
         state.Folder("/mnt/vm").make()
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    found = [tmp_path / "run", tmp_path / "tmp"]
+    monkeypatch.setattr(state, "_roots", lambda _: found)
+    for root in found:
+        state.Folder("/mnt/vm", root).make()
+    return found
+
+
+def test_the_session_that_lives_is_found_wherever_it_keeps_its_folder(roots: list[Path]) -> None:
+    """umount took another environment's mount for one whose session had died."""
+    living = state.Folder("/mnt/vm", roots[1])
+    living.lock()
+    found = state.find("/mnt/vm", os.geteuid())
+    assert found is not None
+    assert found.path == living.path
+
+
+def test_a_session_that_died_is_found_and_one_that_ended_is_not(roots: list[Path]) -> None:
+    state.Folder("/mnt/vm", roots[0]).write("end.json", {"exit_code": 0, "message": ""})
+    found = state.find("/mnt/vm", os.geteuid())
+    assert found is not None
+    assert found.path.parent == roots[1]
+    found.write("end.json", {"exit_code": 3, "message": "earlier"})
+    assert state.find("/mnt/vm", os.geteuid()) is None
+    assert state.find("/mnt/other", os.geteuid()) is None
+
+
+def test_a_folder_of_somebody_else_says_nothing(roots: list[Path]) -> None:
+    assert state.find("/mnt/vm", os.geteuid() + 1) is None
+    for root in roots:
+        state.Folder("/mnt/vm", root).path.chmod(0o755)
+    assert state.find("/mnt/vm", os.geteuid()) is None
+
+
+def test_where_a_user_s_sessions_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/elsewhere")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert list(map(str, state._roots(1000))) == [
+        *("/run/elsewhere/posthoc", "/run/user/1000/posthoc", "/tmp/posthoc-1000"),
+    ]
+    assert list(map(str, state._roots(7))) == ["/run/user/7/posthoc", "/tmp/posthoc-7"]
+    assert list(map(str, state._roots(0))) == ["/run/posthoc"]

@@ -90,6 +90,21 @@ def test_names_that_the_kernel_escapes(tmp_path: pathlib.Path, name: str) -> Non
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.parametrize("name", ["\r", "\x0b", "\x85", "\u2028", "\udcff"])
+def test_names_that_the_kernel_does_not_escape(name: str) -> None:
+    """One such mount of anybody's, and the table could not be read: Unicode ends a line there, or it is no UTF-8."""
+    text = f"36 35 98:0 / /mnt/{name}x rw,noatime master:1 - ext3 /dev/root rw\n"
+    (found,) = place.parse(text)
+    assert (found.path, found.owner) == (f"/mnt/{name}x", None)
+
+
+@pytest.mark.parametrize("options", ["rw,user_id=65534,group_id=0", "user_id=65534"])
+def test_who_has_mounted(options: str) -> None:
+    """A FUSE mount says whose it is."""
+    (found,) = place.parse(f"36 35 0:40 / /m\\040nt rw - fuse.posthoc post\\040hoc {options}\n")
+    assert found == place.Mount(36, "/m nt", "fuse.posthoc", "post hoc", 65534)
+
+
 async def test_unmount_spares_what_is_not_ours(mountpoint: pathlib.Path) -> None:
     """A mount that somebody laid over ours, or made after it, stays."""
     subprocess.run(["mount", "-t", "tmpfs", "none", mountpoint], check=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from dirtymap import errors
-from posthoc import exits, report
+from posthoc import exits, interrupts, report
 from posthoc.commands import (
     attach,
     diff,
@@ -50,7 +50,8 @@ Images: PATH is raw (a file or block device); qcow2:PATH, vmdk:, vdi:, vhdx:, vp
 nbd://HOST/EXPORT, nbds://, nbd+unix:///EXPORT?socket=PATH. A format is named, never guessed.
 
 Exit codes: 0 done; 1 diff and verify: they differ; 2 a mistake or the environment;
-3 an I/O error, with a result that is still valid; 4 a bug.
+3 an I/O error, with a result that is still valid; 4 a bug. Ended by Ctrl-C: 130, by SIGTERM: 143,
+by SIGHUP: 129; nothing half-done is left.
 """
 
 
@@ -80,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    with interrupts.as_ctrl_c() as arrived:
+        code = _run(arguments)
+    return exits.SIGNALLED + arrived[0] if arrived else code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     logging.basicConfig(format="posthoc: %(message)s", level=logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A file's name may hold what this locale cannot write.

@@ -6,4 +6,5 @@ DIFFERS = 1  # diff and verify: they differ
 MISTAKE = 2  # the user's mistake or the environment
 READ_ERROR = 3  # an I/O error, with a result that is still valid
 BUG = 4  # a bug of posthoc's
-INTERRUPTED = 130  # by Ctrl-C, as shells have it
+SIGNALLED = 128  # and the signal's number, as shells have it
+INTERRUPTED = 130  # by Ctrl-C

@@ -94,17 +94,19 @@ class Session:
 
     async def serve(self, ready: Callable[[report.Facts], None]) -> state.End:
         """Mount, call `ready` with the first status, scan; return after the mount has ended and the map is written."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._end_on_signal)
-            await nursery.start(self._mounted, nursery.cancel_scope)
-            for note in self._notes:
-                log.info("%s", note)
-            self.was_ready = True
-            ready(await self.facts())
-            nursery.start_soon(self._scanning)
-        # Unmounted: no write can come any more.
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._output.write, self.map())
+        async with trio.open_nursery() as signals:
+            await signals.start(self._end_on_signal)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._mounted, nursery.cancel_scope)
+                for note in self._notes:
+                    log.info("%s", note)
+                self.was_ready = True
+                ready(await self.facts())
+                nursery.start_soon(self._scanning)
+            # Unmounted: no write can come any more. A signal now asks for what is being done.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._output.write, self.map())
+            signals.cancel_scope.cancel()
         return self._end()
 
     async def _mounted(

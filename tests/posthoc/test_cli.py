@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: help for every verb, errors as one line, exit codes."""
 
+import os
 import pathlib
+import signal
 import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -10,7 +14,8 @@ import pytest
 from dirtymap import bitmap, errors
 from dirtymap.qcow2 import carrier
 from posthoc import cli, exits
-from tests import command
+from tests import command, qemu, wait
+from tests.posthoc import images
 
 VERBS = ["mount", "umount", "status", "wait", "diff", "map", "merge", "verify", "install"]
 
@@ -20,6 +25,79 @@ def test_every_verb_explains_itself(verb: str) -> None:
     shown = command.posthoc(verb, "--help").stdout
     assert shown.startswith(f"usage: posthoc {verb}")
     assert "--json" in shown
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_a_signal_leaves_nothing_half_written(
+    tmp_path: pathlib.Path, number: signal.Signals, code: int
+) -> None:
+    """diff that was ended by SIGTERM while it wrote left .posthoc-*.new beside the map."""
+    live, reference = images.pair(tmp_path, changed=[1])
+    fifo, folder = tmp_path / "writing", tmp_path / "maps"
+    os.mkfifo(fifo)
+    folder.mkdir()
+    script = (
+        "import signal, sys\n"
+        "from dirtymap.qcow2 import atomic\n"
+        "from posthoc import cli\n"
+        "def stuck(*_):\n"
+        "    open(sys.argv.pop(1), 'w').close()\n"
+        "    signal.pause()\n"
+        "atomic.write_all = stuck\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
+    words = [fifo, "diff", live, reference, "-o", folder / "map.qcow2"]
+    process = subprocess.Popen(
+        # As in a terminal: what is started in the background of a shell script ignores SIGINT.
+        ["env", "--default-signal=INT", sys.executable, "-c", script, *words],
+        env=command.environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    fifo.read_text()
+    assert len(list(folder.iterdir())) == 1
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert list(folder.iterdir()) == []
+
+
+def test_a_signal_takes_the_children_along(tmp_path: pathlib.Path) -> None:
+    """A diff of a format has a qemu-nbd and a folder for its socket."""
+    live, reference = images.pair(tmp_path, changed=[1])
+    image, temporary = tmp_path / "live.qcow2", pathlib.Path(tempfile.mkdtemp())
+    qemu.convert(live, image, "qcow2")
+    process = subprocess.Popen(
+        command.words("diff", "--rate", "64K", f"qcow2:{image}", reference),
+        env=command.environment({"TMPDIR": str(temporary)}),
+        stdout=subprocess.DEVNULL,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    mine = wait.until(lambda: list(map(int, children.read_text().split())), "qemu-nbd is there")
+    wait.until(lambda: list(temporary.glob("*/nbd")), "it listens")
+    process.terminate()
+    assert process.wait(60) == 143
+    assert [pid for pid in mine if pathlib.Path(f"/proc/{pid}").exists()] == []
+    temporary.rmdir()
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: pathlib.Path) -> None:
+    """nohup."""
+    live, reference = images.pair(tmp_path)
+    script = (
+        "import os, signal, sys\n"
+        "from posthoc import cli\n"
+        "from posthoc.sessions import offline\n"
+        "compare = offline.compare\n"
+        "def hung_up(*words, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    return compare(*words, **options)\n"
+        "offline.compare = hung_up\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "-c", script, "diff", live, reference]
+    assert subprocess.run(["nohup", *words], env=command.environment()).returncode == 0
+    assert subprocess.run(words, env=command.environment()).returncode == 129
 
 
 def test_help_names_the_exit_codes() -> None:

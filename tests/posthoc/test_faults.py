@@ -6,9 +6,11 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 
 import pytest
 
+from dirtymap import state
 from tests import command, qemu
 from tests.posthoc import images
 from tests.posthoc.images import MIB, SEGMENT
@@ -277,15 +279,23 @@ def test_a_failing_start_leaves_nothing(tmp_path: Path, mountpoint: Path) -> Non
         assert command.until_state(mount, "complete")["dirty"] == 0
 
 
-def test_an_interrupted_mount_command_leaves_nothing(tmp_path: Path, mountpoint: Path) -> None:
-    """Ctrl-C while the command waits: the session it has started takes down what it set up."""
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupted_mount_command_leaves_nothing(
+    tmp_path: Path, mountpoint: Path, number: signal.Signals, code: int
+) -> None:
+    """Ctrl-C while the command waits: the session it has started takes down what it set up.
+
+    SIGTERM ended the command alone: its session went on starting, unseen.
+    """
     live, reference = images.pair(tmp_path)
     fifo = tmp_path / "slow"
     script = (
         "import os, signal, sys\n"
         "from posthoc.sessions import mounted\n"
         "def slow(*_, **__):\n"
-        f"    open({str(fifo)!r}, 'w').close()\n"
+        f"    open({str(fifo)!r}, 'w').write(str(os.getpid()))\n"
         "    signal.pause()\n"
         "mounted.run = slow\n"
     )
@@ -303,8 +313,36 @@ def test_an_interrupted_mount_command_leaves_nothing(tmp_path: Path, mountpoint:
         env=env,
         stderr=subprocess.PIPE,
     )
-    fifo.read_text()
-    starting.send_signal(signal.SIGINT)
-    assert starting.wait(60) == 130
+    session = int(fifo.read_text())
+    starting.send_signal(number)
+    assert starting.wait(60) == code
     starting.communicate()
+    assert not Path(f"/proc/{session}").exists()
+    assert not command.is_mounted(mountpoint)
+
+
+def test_a_session_ended_while_it_starts_leaves_nothing(tmp_path: Path, mountpoint: Path) -> None:
+    """SIGTERM between the lock and the mount, while a reference is slow to open."""
+    live, reference = images.pair(tmp_path)
+    fifo = tmp_path / "slow"
+    os.mkfifo(fifo)
+    script = (
+        "import signal, sys\n"
+        "from dirtymap import images\n"
+        "from posthoc import cli\n"
+        "def slow(*_, **__):\n"
+        f"    open({str(fifo)!r}, 'w').close()\n"
+        "    signal.pause()\n"
+        "images.open_reference = slow\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "-c", script, "mount", "--foreground", live, reference, mountpoint]
+    starting = subprocess.Popen(words, env=command.environment(), stderr=subprocess.PIPE)
+    fifo.read_text()
+    folder = state.Folder(str(mountpoint))
+    assert folder.is_served()
+    starting.terminate()
+    assert starting.wait(60) == 143
+    assert starting.communicate()[1] == b""
+    assert not folder.path.exists()
     assert not command.is_mounted(mountpoint)

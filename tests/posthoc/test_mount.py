@@ -190,7 +190,7 @@ def test_a_shorter_live_disk_needs_a_word(tmp_path: Path, mountpoint: Path) -> N
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_unmounts_and_writes_the_map(
     tmp_path: Path, mountpoint: Path, number: signal.Signals, datapath: str
 ) -> None:
@@ -206,6 +206,110 @@ def test_a_signal_unmounts_and_writes_the_map(
     wait.until(lambda: ended(pid), "the session ended")
     assert not command.is_mounted(mountpoint)
     assert qemu.dirty_segments(output, SEGMENT) == {0, 4}
+
+
+def test_umount_8_writes_the_map_too(tmp_path: Path, mountpoint: Path, datapath: str) -> None:
+    """Whoever knows nothing of posthoc unmounts as ever, and loses nothing."""
+    live, reference = images.pair(tmp_path, changed=[4])
+    output = tmp_path / "map.qcow2"
+    command.posthoc(
+        "mount", live, reference, mountpoint, "--output", output, "--datapath", datapath
+    )
+    command.until_state(mountpoint, "complete")
+    images.overwrite(mountpoint / "disk", 0, b"new")
+    pid = session_pid(mountpoint)
+    subprocess.run(["umount", mountpoint], check=True)
+    wait.until(lambda: ended(pid), "the session ended")
+    assert qemu.dirty_segments(output, SEGMENT) == {0, 4}
+
+
+def test_json_of_mount_and_umount(tmp_path: Path, mountpoint: Path) -> None:
+    """Where everything is, and how it ended."""
+    live, reference = images.pair(tmp_path, changed=[4])
+    output = tmp_path / "map.qcow2"
+    mounted = command.posthoc("mount", "--json", "--output", output, live, reference, mountpoint)
+    facts = json.loads(mounted.stdout)
+    assert facts["mountpoint"] == str(mountpoint)
+    assert (facts["disk"], facts["map"], facts["control"]) == tuple(
+        str(mountpoint / name) for name in ("disk", "dirty.qcow2", "control")
+    )
+    assert facts["live"] == str(live)
+    assert facts["pid"] == session_pid(mountpoint)
+    with open(mountpoint / "disk", "rb"):
+        refused = command.posthoc("umount", "--json", mountpoint, status=2)
+        assert refused.stdout == ""
+    command.posthoc("wait", mountpoint)
+    ended = command.posthoc("umount", "--json", mountpoint)
+    assert json.loads(ended.stdout) == {
+        "mountpoint": str(mountpoint),
+        "exit_code": 0,
+        "message": "",
+    }
+
+
+def test_no_pacing(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path)
+    with command.mounted(live, reference, mountpoint, "--no-pacing") as mount:
+        assert command.status(mount)["pacing"] is None
+        assert "pacing: off\n" in (mount / "status").read_text()
+
+
+def test_the_scan_s_threads_step_back_and_no_other(tmp_path: Path, mountpoint: Path) -> None:
+    """The lowest CPU priority and the idle class of I/O: a busy guest's requests go before theirs."""
+    live, reference = images.pair(tmp_path, 16 * MIB)
+    with command.mounted(live, reference, mountpoint, "--rate", "64K", "--workers", "3") as mount:
+        tasks = Path(f"/proc/{session_pid(mount)}/task")
+
+        def nices() -> dict[str, int]:
+            stats = {task.name: (task / "stat").read_text() for task in tasks.iterdir()}
+            return {name: int(text.rpartition(")")[2].split()[16]) for name, text in stats.items()}
+
+        wait.until(lambda: list(nices().values()).count(19) == 3, "three threads scan")
+        for thread, nice in nices().items():
+            told = subprocess.run(["ionice", "-p", thread], capture_output=True, text=True).stdout
+            assert (told == "idle\n") == (nice == 19), told
+        command.control(mount, "cancel")
+
+
+@pytest.mark.parametrize("size", [1, 511, 513])
+def test_disks_of_no_whole_sectors(
+    tmp_path: Path, mountpoint: Path, size: int, datapath: str
+) -> None:
+    """QEMU counts in sectors, a file system in bytes: the last of them is in the map, and is the guest's."""
+    live, reference = images.pair(tmp_path, size, changed=[0])
+    output = tmp_path / "map.qcow2"
+    options = ["--granularity", "512", "--datapath", datapath, "--output", output]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        command.posthoc("wait", mount)
+        last = (size - 1) // 512
+        assert qemu.dirty_segments(output, 512) == {min(77, size - 1) // 512}
+        assert (mount / "disk").stat().st_size == size
+        images.overwrite(mount / "disk", size - 1, b"!")
+        with pytest.raises(OSError, match="No space"):
+            images.overwrite(mount / "disk", size, b"!")
+        assert command.status(mount)["dirty"] == size
+    qemu.check(output)
+    assert qemu.dirty_segments(output, 512) == {0, last}
+    assert live.read_bytes()[-1:] == b"!"
+    assert live.stat().st_size == size
+    told = json.loads(command.posthoc("verify", "--json", output, live, reference).stdout)
+    assert told["missed"] == 0
+
+
+def test_a_granularity_that_no_map_file_holds(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
+    """Told at the start, not when the map is to be written."""
+    for name in ("live", "reference"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 4 << 40)
+    pair = (tmp_path / "live", tmp_path / "reference", mountpoint)
+    refused = command.posthoc(
+        "mount", "--granularity", "512", "--datapath", datapath, *pair, status=2
+    )
+    assert len(refused.stderr.splitlines()) == 1
+    assert "choose a coarser granularity" in refused.stderr
+    assert not command.is_mounted(mountpoint)
 
 
 def test_a_scan_cut_short_costs_precision_only(tmp_path: Path, mountpoint: Path) -> None:

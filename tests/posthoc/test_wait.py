@@ -10,7 +10,7 @@ import pytest
 
 from posthoc import exits
 from posthoc.commands import status, wait
-from tests import command, qemu
+from tests import command, qemu, terminal
 from tests.posthoc import images
 from tests.posthoc.images import SEGMENT
 
@@ -74,3 +74,16 @@ def test_json_shows_the_last_status(tmp_path: Path, mountpoint: Path) -> None:
         assert qemu.dirty_segments(output, SEGMENT) == {3}
         command.control(mount, "rescan")
         command.posthoc("wait", mount)
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, mountpoint: Path) -> None:
+    """What is being done, how far it is, and nothing else."""
+    live, reference = images.pair(tmp_path)
+    with command.mounted(live, reference, mountpoint, "--paused") as mount:
+        with terminal.running(command.words("wait", mount)) as (process, screen):
+            screen.until("paused")
+            screen.until("0.0/4.0 MiB")
+            command.control(mount, "resume")
+            screen.until("complete")
+            screen.until("4.0/4.0 MiB")
+            assert process.wait(60) == 0

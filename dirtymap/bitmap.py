@@ -211,37 +211,47 @@ class Bitmap:
 
     def count(self) -> int:
         """Return how many segments are set."""
-        return self._count(())[0]
+        return -(-self.dirty_bytes() // self.granularity)
 
-    def dirty_bytes(self, *, without: Sequence[Bitmap] = ()) -> int:
-        """Return the bytes that the set segments cover, those left out that a bitmap of `without` has.
+    def dirty_bytes(self) -> int:
+        """Return the bytes that the set segments cover; a partial last one counts what it has."""
+        return self.dirty_bytes_without(())[0]
 
-        A partial last segment counts what it has. Nothing is copied. Where somebody changes the bits meanwhile,
-        each counts as it was or as it is.
+    def dirty_bytes_without(self, others: Sequence[Bitmap]) -> tuple[int, int]:
+        """Return the bytes that the set segments cover, and those of the segments that none of `others` has.
+
+        Nothing is copied. Where somebody changes the bits meanwhile, each counts as it was or as it is.
         """
-        count, has_last = self._count(without)
-        total = count * self.granularity
-        return total - (self.segments * self.granularity - self.size) if has_last else total
-
-    def _count(self, without: Sequence[Bitmap]) -> tuple[int, bool]:
-        """Return how many segments are set here and nowhere in `without`, and whether the last is one of them."""
         if not self.segments:
-            return 0, False
-        # The last word is looked at once only, so that its bit and its count go together.
+            return 0, 0
+        # The last word is looked at once only, so that its last bit and its count go together.
         whole = (len(self.data) - 1) // 8 * 8
-        total = 0
+        covered = beyond = 0
         for begin in range(0, whole, _COUNTED):
-            part = self._words(begin, min(begin + _COUNTED, whole))
+            end = min(begin + _COUNTED, whole)
+            part = self._words(begin, end)
             # The easy case: a write bitmap is mostly zeros, and then the others need not be read.
             if not part.max():
                 continue
-            for other in without:
-                part = part & ~other._words(begin, min(begin + _COUNTED, whole))
-            total += int(np.bitwise_count(part).sum(dtype=np.int64))
+            count = int(np.bitwise_count(part).sum(dtype=np.int64))
+            covered += count
+            if others:
+                for other in others:
+                    part = part & ~other._words(begin, end)
+                count = int(np.bitwise_count(part).sum(dtype=np.int64))
+            beyond += count
         last = self._number(whole)
-        for other in without:
-            last &= ~other._number(whole)
-        return total + last.bit_count(), bool(last >> (self.segments - 1 - whole * 8) & 1)
+        left = last
+        for other in others:
+            left &= ~other._number(whole)
+        return self._bytes(covered, last, whole), self._bytes(beyond, left, whole)
+
+    def _bytes(self, count: int, last: int, whole: int) -> int:
+        """Return the bytes of `count` segments and of those in `last`, the word at byte `whole`."""
+        total = (count + last.bit_count()) * self.granularity
+        if last >> (self.segments - 1 - whole * 8) & 1:
+            total -= self.segments * self.granularity - self.size
+        return total
 
     def _words(self, begin: int, end: int) -> npt.NDArray[np.uint64]:
         return self.data[begin:end].view(np.uint64)

@@ -177,12 +177,12 @@ class Decisions:
         while True:
             with self._lock:
                 resets, undecided = self._resets, self.size - self._decided
-            beyond = written.dirty_bytes(without=(self.diff, self.unscanned))
+            covered, beyond = written.dirty_bytes_without((self.diff, self.unscanned))
             with self._lock:
                 differing = self._differing
                 if resets != self._resets:
                     continue
-            return written.dirty_bytes(), min(self.size, undecided + differing + beyond)
+            return covered, min(self.size, undecided + differing + beyond)
 
     def undecided(self) -> list[tuple[int, int]]:
         """Return (start, length) in bytes of everything not decided yet."""

@@ -44,13 +44,14 @@ def layout(size: int, granularity: int, name: str = DEFAULT_NAME) -> Layout:
 class Carrier:
     """A carrier's bytes in memory; fixed, as long as nobody changes the bits it was given."""
 
-    def __init__(self, layout: Layout, data: npt.NDArray[np.uint8]) -> None:
+    def __init__(
+        self, layout: Layout, data: npt.NDArray[np.uint8], *, in_use: bool = False
+    ) -> None:
         self.layout = layout
         self.length = layout.length
         self._entries = layouts.clusters(layout, data)
-        self._metadata = [
-            (start, memoryview(part)) for start, part in layouts.metadata(layout, self._entries)
-        ]
+        metadata = layouts.metadata(layout, self._entries, in_use=in_use)
+        self._metadata = [(start, memoryview(part)) for start, part in metadata]
         self._data = data.data
 
     def read(self, start: int, length: int) -> bytes:
@@ -110,14 +111,20 @@ def check_target(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def write(path: str | os.PathLike[str], bitmap: bitmap.Bitmap, name: str = DEFAULT_NAME) -> None:
+def write(
+    path: str | os.PathLike[str],
+    bitmap: bitmap.Bitmap,
+    name: str = DEFAULT_NAME,
+    *,
+    in_use: bool = False,
+) -> None:
     """Write the carrier of `bitmap` to `path`, mode 0600: after this the old file or the new one.
 
     The bitmap must not change meanwhile. What stands at `path` is replaced where `check_target` allows
     it. Raises UserError; then nothing is left but what was there before, unless it says that the map
-    is in place.
+    is in place. `in_use` writes one that every reader refuses, QEMU too: its recorder still has more to say.
     """
-    carrier = Carrier(layout(bitmap.size, bitmap.granularity, name), bitmap.data)
+    carrier = Carrier(layout(bitmap.size, bitmap.granularity, name), bitmap.data, in_use=in_use)
     check_target(path)
     try:
         with atomic.replacement(path) as descriptor:

@@ -118,13 +118,16 @@ def clusters(layout: Layout, data: npt.NDArray[np.uint8]) -> Entries:
     return entries
 
 
-def metadata(layout: Layout, entries: Entries) -> list[tuple[int, bytes]]:
-    """Every part (offset, bytes) but the bits and the L1 table's zeros; the header comes first."""
+def metadata(layout: Layout, entries: Entries, *, in_use: bool = False) -> list[tuple[int, bytes]]:
+    """Every part (offset, bytes) but the bits and the L1 table's zeros; the header comes first.
+
+    `in_use` makes the bitmap one that its recorder has not saved: nobody may take its bits.
+    """
     return [
         (0, _header(layout)),
         (layout.refcount_table_offset, layout.refcount_block_offset.to_bytes(8, "big")),
         (layout.refcount_block_offset, _refcounts(layout, entries)),
-        (layout.directory_offset, _directory(layout)),
+        (layout.directory_offset, _directory(layout, qcow2.BITMAP_IN_USE if in_use else 0)),
         (layout.table_offset, qcow2.pack_table(entries)),
     ]
 
@@ -158,11 +161,11 @@ def _header(layout: Layout) -> bytes:
     )
 
 
-def _directory(layout: Layout) -> bytes:
+def _directory(layout: Layout, flags: int = 0) -> bytes:
     entry = qcow2.DirectoryEntry(
         bitmap_table_offset=layout.table_offset,
         bitmap_table_size=layout.table_entries,
-        flags=0,
+        flags=flags,
         type=qcow2.BITMAP_TYPE,
         granularity_bits=layout.granularity.bit_length() - 1,
         name_size=len(layout.name),

@@ -142,6 +142,14 @@ class _File:
         self._within(header.l1_table_offset, header.l1_size * 8, "L1 table")
         return header
 
+    def holds_guest_data(self) -> bool:
+        """Whether it has data, or names where they are."""
+        header = self.header
+        elsewhere = header.incompatible_features & qcow2.INCOMPATIBLE_DATA_FILE
+        if elsewhere or header.backing_file_offset or header.nb_snapshots:
+            return True
+        return any(self.part(header.l1_table_offset, header.l1_size * 8, "L1 table"))
+
     def _extension(self) -> qcow2.BitmapsExtension | None:
         """The bitmaps extension, or None."""
         header = self.header
@@ -181,12 +189,20 @@ class _File:
             found[name] = BitmapInfo(name, self.size, granularity, entry.flags), entry
         return list(found.values())
 
+    def _worthless(self, info: BitmapInfo) -> str:
+        """Why the bits of an inconsistent bitmap are no map, and where one is to be had."""
+        if info.recording or self.holds_guest_data():
+            return f"the bitmap {info.name!r} is inconsistent: QEMU did not save it, or has it open now"
+        return (
+            "the map is in use and lacks what was written since: its mount records still "
+            "(posthoc umount writes it, MOUNTPOINT/dirty.qcow2 is the map of now), or has crashed "
+            "(compare again)"
+        )
+
     def bits(self, info: BitmapInfo, entry: qcow2.DirectoryEntry) -> bitmap.Bitmap:
         """The bits of one bitmap."""
         if info.inconsistent:
-            raise qcow2.FormatError(
-                f"the bitmap {info.name!r} is inconsistent: QEMU did not save it, or has it open now"
-            )
+            raise qcow2.FormatError(self._worthless(info))
         raw = self.part(entry.bitmap_table_offset, entry.bitmap_table_size * 8, "bitmap table")
         table = qcow2.unpack_table(raw)
         offsets = table & np.uint64(qcow2.ENTRY_OFFSET)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dirtymap import errors
+from dirtymap import bitmap, errors
 from dirtymap.qcow2 import carrier
 from dirtymap.qcow2 import format as qcow2
 from dirtymap.qcow2 import layout as layouts
@@ -138,10 +138,24 @@ def test_without_the_autoclear_bit_the_bitmaps_are_ignored(tmp_path: pathlib.Pat
 def test_a_bitmap_in_use_is_worthless(tmp_path: pathlib.Path) -> None:
     """It is listed, and named when somebody wants its bits."""
     path = parts.made(tmp_path / "carrier.qcow2")
-    parts.change_entry(path, flags=qcow2.BITMAP_IN_USE)
-    assert qemu.bitmaps(path)[0]["flags"] == ["in-use"]
+    parts.change_entry(path, flags=qcow2.BITMAP_IN_USE | qcow2.BITMAP_AUTO)
+    assert qemu.bitmaps(path)[0]["flags"] == ["in-use", "auto"]
     assert [found.inconsistent for found in carrier.names(path)] == [True]
     assert refused(path).startswith("the bitmap 'posthoc' is inconsistent: QEMU did not save it")
+
+
+def test_a_carrier_in_use_is_told_from_a_disk_in_use(tmp_path: pathlib.Path) -> None:
+    """What a mount has written of a map that grows: QEMU refuses it as well, and we say where the map is."""
+    path = tmp_path / "carrier.qcow2"
+    dirty = bitmap.Bitmap(parts.SIZE, parts.GRANULARITY)
+    carrier.write(path, dirty, in_use=True)
+    qemu.check(path)
+    assert qemu.bitmaps(path)[0]["flags"] == ["in-use"]
+    with pytest.raises(qemu.ToolFailedError, match="inconsistent"):
+        qemu.img("bitmap", "--clear", path, "posthoc")
+    assert "posthoc umount" in refused(path)
+    carrier.write(path, dirty)
+    assert carrier.read(path) == bitmap.Bitmap(carrier.virtual_size(parts.SIZE), parts.GRANULARITY)
 
 
 def test_a_recording_bitmap_is_read(tmp_path: pathlib.Path) -> None:

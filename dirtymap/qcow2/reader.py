@@ -142,14 +142,6 @@ class _File:
         self._within(header.l1_table_offset, header.l1_size * 8, "L1 table")
         return header
 
-    def holds_guest_data(self) -> bool:
-        """Whether it has data, or names where they are."""
-        header = self.header
-        elsewhere = header.incompatible_features & qcow2.INCOMPATIBLE_DATA_FILE
-        if elsewhere or header.backing_file_offset or header.nb_snapshots:
-            return True
-        return any(self.part(header.l1_table_offset, header.l1_size * 8, "L1 table"))
-
     def _extension(self) -> qcow2.BitmapsExtension | None:
         """The bitmaps extension, or None."""
         header = self.header

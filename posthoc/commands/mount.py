@@ -43,7 +43,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--output",
         metavar="MAP",
-        help="write the map here when the scan is complete, and at the end",
+        help=(
+            "write the map here when the scan is complete, and at the end; what stands here is replaced as "
+            "soon as the disk is mounted. While the file lacks anything its bitmap is in use, and refused"
+        ),
     )
     options.scan(parser)
     parser.add_argument("--paused", action="store_true", help="begin with the scan paused")

@@ -31,6 +31,9 @@ from scanner import courtesy, progress, scan
 
 log = logging.getLogger(__name__)
 
+# Seconds between two looks whether the map on disk is still all there is to say.
+_LOOK = 1.0
+
 
 class Session:
     """One mount, one scan, one map. All methods are for the event loop, but `map`."""
@@ -96,18 +99,28 @@ class Session:
         """Mount, call `ready` with the first status, scan; return after the mount has ended and the map is written."""
         async with trio.open_nursery() as signals:
             await signals.start(self._end_on_signal)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self._mounted, nursery.cancel_scope)
-                for note in self._notes:
-                    log.info("%s", note)
-                self.was_ready = True
-                ready(await self.facts())
-                nursery.start_soon(self._scanning)
+            try:
+                await self._serve(ready)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._output.check, self.map)
+                raise
             # Unmounted: no write can come any more. A signal now asks for what is being done.
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._output.write, self.map())
             signals.cancel_scope.cancel()
         return self._end()
+
+    async def _serve(self, ready: Callable[[report.Facts], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._mounted, nursery.cancel_scope)
+            for note in self._notes:
+                log.info("%s", note)
+            await trio.to_thread.run_sync(self._output.begin, self.map())
+            self.was_ready = True
+            ready(await self.facts())
+            nursery.start_soon(self._scanning)
+            nursery.start_soon(self._watching_output)
 
     async def _mounted(
         self, session: trio.CancelScope, *, task_status: trio.TaskStatus[str]
@@ -155,6 +168,12 @@ class Session:
                 log.error("the scan failed:\n%s", "".join(traceback.format_exception(error)))
             self._resting = not self._again.is_set()
             await self._again.wait()
+
+    async def _watching_output(self) -> None:
+        """See to it that the map on disk never says too little for longer than a moment."""
+        while True:
+            await trio.sleep(_LOOK)
+            await trio.to_thread.run_sync(self._output.check, self.map)
 
     def _log_scan(self) -> None:
         now = self._scan.statistics()

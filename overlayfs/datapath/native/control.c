@@ -6,8 +6,8 @@
  *   kernel <- control_pump    <- row found    <----------------------------------- session
  *
  * Sessions and servers die, a request must not. Its row, in shared memory, says which session has it:
- *   the session died      a new one is sent INIT, which it does not know to be old, then every copy; what has
- *                         been the second session's too may have killed both, and is answered with EIO
+ *   the session died      a new one is sent INIT, which it does not know to be old, then every copy; but a
+ *                         command that it had may have killed it, or be done: it is answered with EIO
  *   the server died       the kernel sends the request again, with the resend bit; if the session still
  *                         has it, only the bit is noted, which the answer must carry
  *   both                  the row outlives both: the request comes again from the kernel and is sent
@@ -238,6 +238,14 @@ static bool limit(struct control *control, unsigned char *request, size_t length
     return length <= control->limit + PAGE;
 }
 
+/* To how many sessions a request may go. A write that is none of the disk's is a command, which changes things and may be the death of
+ * whoever obeys it: to one. Whatever else there is (opens, attributes, reads) changes nothing, and a guest's open
+ * must not fail because a session was killed meanwhile: to a second one, should the first have died of it. */
+static uint32_t most_deliveries(const struct shared_row *row)
+{
+    return row->opcode == FUSE_WRITE && row->nodeid != DISK_INODE ? 1 : 2;
+}
+
 static void accept_request(struct control *control, unsigned char *request, size_t length)
 {
     const struct fuse_in_header *head = (void *)request;
@@ -273,8 +281,8 @@ static void accept_request(struct control *control, unsigned char *request, size
     } else if (row->sent == SENT_PERHAPS) {
         if (control->drain == IDLE)
             control->drain = TO_BE_ASKED;
-    } else if (!row->sent && row->deliveries >= 2) {
-        say("control request answered with EIO opcode=%u: two sessions died of it", row->opcode);
+    } else if (!row->sent && row->deliveries >= most_deliveries(row)) {
+        say("control request answered with EIO opcode=%u sessions=%u: died with it", row->opcode, row->deliveries);
         answer_error(control, head->unique, EIO);
         release(control, i);
     } else if (!row->sent) {
@@ -480,8 +488,8 @@ static void sort_row(struct control *control, unsigned i, uint32_t epoch)
     row->sent = SENT_NOT;
     if (!copy->request)
         return; /* the kernel sends it again */
-    if (row->deliveries >= 2) {
-        say("control request answered with EIO opcode=%u: two sessions died of it", row->opcode);
+    if (row->deliveries >= most_deliveries(row)) {
+        say("control request answered with EIO opcode=%u sessions=%u: died with it", row->opcode, row->deliveries);
         answer_error(control, unique | (copy->resent ? FUSE_UNIQUE_RESEND : 0), EIO);
         if (!copy->queued)
             release(control, i);

@@ -7,12 +7,13 @@ import mmap
 import os
 import pathlib
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
 
+from tests import builds
+from tests import builds
 from tests.overlayfs import mounted
 
 # The native data path's own tests have builds that can be delayed, and disks with broken places.
@@ -42,15 +43,10 @@ def live(tmp_path: pathlib.Path) -> pathlib.Path:
     return fill(tmp_path / "live")
 
 
-@pytest.fixture(scope="session")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A build with delays and sabotage: $POSTHOC_DATAPATH, where the sanitizers' builds are, or one made here."""
-    chosen = os.environ.get("POSTHOC_DATAPATH")
-    if chosen:
-        return pathlib.Path(chosen)
-    path = tmp_path_factory.mktemp("program") / "posthoc-datapath"
-    subprocess.run([mounted.ROOT / "scripts" / "build-datapath", "faults", path], check=True)
-    return path
+@pytest.fixture
+def faulty() -> pathlib.Path:
+    """A build of the native program with delays and sabotage."""
+    return builds.datapath("faults")
 
 
 def aligned(data: bytes) -> mmap.mmap:
@@ -67,14 +63,27 @@ def hang_up(descriptor: int) -> None:
 
 
 @pytest.fixture
+def variant() -> str:
+    """The native data path's build; `builds.sanitized` names others."""
+    return "product"
+
+
+@pytest.fixture
 def serve(
-    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, datapath: str
+    tmp_path: pathlib.Path,
+    live: pathlib.Path,
+    mountpoint: pathlib.Path,
+    datapath: str,
+    variant: str,
 ) -> Callable[..., AbstractContextManager[mounted.Mounted]]:
     """`with serve(read_only=True) as it:` mounts `live`, over each data path in turn.
 
     What is said of the image itself (gates, broken places, its calls) is `in_python`.
     """
-    return functools.partial(mounted.serving, tmp_path, live, mountpoint, datapath=datapath)
+    built = {} if variant == "product" else {"POSTHOC_DATAPATH": str(builds.datapath(variant))}
+    return functools.partial(
+        mounted.serving, tmp_path, live, mountpoint, datapath=datapath, environment=built
+    )
 
 
 @pytest.fixture

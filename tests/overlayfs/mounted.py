@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tests import wait
+from tests import builds, wait
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -138,3 +138,4 @@ def serving(
             assert mounted.terminate() == 0, mounted.log.read_text()
     finally:
         mounted.close()
+    builds.check(mounted.log.read_text())

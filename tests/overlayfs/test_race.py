@@ -62,6 +62,18 @@ def test_thousands_of_writes_of_several_processes(
     serve: Serve, tmp_path: pathlib.Path, granularity: int
 ) -> None:
     """pwrite, O_DIRECT and a mapping of a loop device on top, and scans all the while."""
+    race(serve, tmp_path, granularity)
+
+
+@pytest.mark.parametrize("datapath", ["native"], indirect=True)
+@pytest.mark.parametrize("variant", ["thread", "address"])
+def test_the_race_under_sanitizers(serve: Serve, tmp_path: pathlib.Path) -> None:
+    """The same, and the server's threads race with nobody but the guest."""
+    race(serve, tmp_path, SEGMENT)
+
+
+def race(serve: Serve, tmp_path: pathlib.Path, granularity: int) -> None:
+    """Let several kinds of writers and scans loose on a mount, and judge every scan's map."""
     reference = tmp_path / "reference"
     with serve(granularity=granularity) as mount:
         shutil.copyfile(mount.live, reference)

@@ -182,11 +182,13 @@ void faults_read_environment(void);
 void faults_delay(const char *place);
 bool faults_sabotage(const char *what);
 uint64_t faults_masked_flags(void);
+void faults_break_rules(const struct shared_header *shared);
 #else
 static inline void faults_read_environment(void) {}
 static inline void faults_delay(const char *place) { (void)place; }
 static inline bool faults_sabotage(const char *what) { (void)what; return false; }
 static inline uint64_t faults_masked_flags(void) { return 0; }
+static inline void faults_break_rules(const struct shared_header *shared) { (void)shared; }
 #endif
 
 #endif

@@ -232,6 +232,7 @@ static void serve(struct worker *worker, const struct operation *operation)
     memcpy(&head, worker_request(worker), sizeof head);
     uint64_t begin = clock_nanoseconds();
     struct outcome outcome = operation->serve(worker);
+    faults_break_rules(worker->server->shared);
     faults_delay("before-reply");
     /* Counted before the guest can know, so that whoever has seen an answer finds it counted. */
     if (operation->kind >= 0)

@@ -3,6 +3,9 @@
  *
  *   POSTHOC_FAULTS=before-write=300,no-drain,mask=8000000000
  *   (a delay in microseconds; a sabotage; INIT flags to hide, in hexadecimal)
+ *
+ * data-race, overflow and undefined are what the sanitizers must find. Only the first server does it: a request is
+ * sent again until a server lives to answer it.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -45,6 +48,23 @@ void faults_delay(const char *place)
 bool faults_sabotage(const char *what)
 {
     return find(what) != NULL;
+}
+
+void faults_break_rules(const struct shared_header *shared)
+{
+    static int shared_without_a_lock, largest = 0x7fffffff;
+    static volatile int beyond = 8;
+    if (atomic_load(&shared->servers) > 1)
+        return;
+    if (find("data-race"))
+        shared_without_a_lock++;
+    if (find("overflow")) {
+        volatile char *eight = malloc(8);
+        eight[beyond] = 1;
+        free((void *)eight);
+    }
+    if (find("undefined"))
+        largest += beyond;
 }
 
 uint64_t faults_masked_flags(void)

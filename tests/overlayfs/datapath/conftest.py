@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from overlayfs.datapath import keeper
+from tests import builds
 from tests.overlayfs.datapath import native
 
 # No multiple of a page, nor of a segment.
@@ -16,10 +17,17 @@ SIZE = 16 * 1024 * 1024 + 1000
 Serve = Callable[..., AbstractContextManager[native.Native]]
 
 
-@pytest.fixture(scope="session")
-def program() -> pathlib.Path:
-    """The program as it was installed, or $POSTHOC_DATAPATH."""
-    return keeper.program()
+@pytest.fixture
+def variant() -> str:
+    """The build under test; `builds.sanitized` names others."""
+    return "product"
+
+
+def program(variant: str, *, faults: bool) -> pathlib.Path:
+    """Return the build; the product knows no faults, and has a build of its own for them."""
+    if variant != "product":
+        return builds.datapath(variant)
+    return builds.datapath("faults") if faults else keeper.program()
 
 
 def fill(folder: pathlib.Path, size: int = SIZE) -> pathlib.Path:
@@ -30,13 +38,13 @@ def fill(folder: pathlib.Path, size: int = SIZE) -> pathlib.Path:
 
 
 @pytest.fixture
-def serve(tmp_path: pathlib.Path, program: pathlib.Path, faulty: pathlib.Path) -> Serve:
+def serve(tmp_path: pathlib.Path, variant: str) -> Serve:
     """`with serve(threads=3) as it:` mounts a disk; with `faults=` over the build that has them."""
 
     def serving(**config: object) -> AbstractContextManager[native.Native]:
         if "live" not in config:
             fill(tmp_path)
-        return native.serving(tmp_path, faulty if "faults" in config else program, **config)
+        return native.serving(tmp_path, program(variant, faults="faults" in config), **config)
 
     return serving
 

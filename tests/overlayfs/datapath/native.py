@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from overlayfs.datapath import keeper
-from tests import wait
+from tests import builds, wait
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 SEGMENT = 65536
@@ -184,10 +184,8 @@ def serving(folder: pathlib.Path, program: pathlib.Path, **config: Any) -> Itera
         yield native
     finally:
         native.close()
-    log = native.log
-    assert "Sanitizer" not in log, log
-    assert "runtime error" not in log, log
-    assert "Traceback" not in log, log
+    builds.check(native.log)
+    assert "Traceback" not in native.log, native.log
 
 
 def spawn_adopting(folder: pathlib.Path) -> subprocess.Popen[bytes]:

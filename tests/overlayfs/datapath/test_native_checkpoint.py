@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tests import wait
+from tests import builds, wait
 from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
@@ -18,6 +18,7 @@ def taken(it: native.Native) -> set[int]:
     return native.spread(it.facts()["taken"])
 
 
+@builds.sanitized
 def test_swap_moves_all_bits_once(mount: native.Native) -> None:
     """What was written before is taken, what is written after is not; commit forgets, back gives back."""
     descriptor = os.open(mount.disk, os.O_RDWR)
@@ -120,6 +121,7 @@ def lost_segments(it: native.Native, rounds: int) -> int:
     return lost
 
 
+@builds.sanitized
 def test_no_segment_is_lost_between_two_checkpoints(serve: Serve) -> None:
     """Swap, drain, read: whatever is written meanwhile is read, or is in the next map."""
     with serve(faults="before-write=3000") as it:

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from tests import wait
+from tests import builds, wait
 from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
@@ -26,6 +26,7 @@ def open_and_close(path: pathlib.Path) -> None:
     os.close(os.open(path, os.O_RDONLY))
 
 
+@builds.sanitized
 def test_thousands_of_opens(mount: native.Native) -> None:
     """From many threads at a time; nothing is lost, and status says so after."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -35,6 +36,7 @@ def test_thousands_of_opens(mount: native.Native) -> None:
     assert mount.facts()["control"] == []
 
 
+@builds.sanitized
 def test_requests_wait_for_a_stopped_session(serve: Serve) -> None:
     """More than the socket holds: they wait in the server, the disk goes on, and all are answered."""
     with serve(socket_buffer=4096) as it, open(it.disk, "r+b", buffering=0) as disk:
@@ -185,6 +187,7 @@ def test_without_resend_a_killed_server_ends_the_mount(serve: Serve) -> None:
         assert not it.is_mounted()
 
 
+@builds.sanitized
 @pytest.mark.parametrize("writers", [6, 40])
 def test_status_answers_while_the_disk_hangs(serve: Serve, writers: int) -> None:
     """Every data thread waits for a slow disk, spare ones too, and more requests than there are threads."""
@@ -241,6 +244,7 @@ def left_well(it: native.Native) -> None:
     assert native.spread(native.read_map(it.folder)) == {0, 1, 2}
 
 
+@builds.sanitized
 def test_abort_under_load(mount: native.Native, tmp_path: pathlib.Path) -> None:
     """An administrator's abort (fusectl) ends requests and session; the map is written."""
     control = tmp_path / "fusectl"
@@ -272,6 +276,7 @@ def test_lazy_umount_under_load(mount: native.Native) -> None:
     left_well(mount)
 
 
+@builds.sanitized
 def test_sigterm_under_load(mount: native.Native) -> None:
     """The session unmounts, lazily because it is busy: what was begun is finished, the rest fails."""
     load = Load(mount)

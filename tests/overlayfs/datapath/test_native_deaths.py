@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import oracle, wait
+from tests import builds, oracle, wait
 from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
@@ -97,6 +97,7 @@ def go_on(writers: list[Writer]) -> None:
     )
 
 
+@builds.sanitized
 @pytest.mark.parametrize("role", ["server", "keeper", "session"])
 def test_killed_under_load(serve: Serve, role: str) -> None:
     """Ten times (sessions four), and every time the next one takes over what is open."""
@@ -129,6 +130,7 @@ def test_all_killed_in_turns(serve: Serve) -> None:
         assert facts["servers"] >= 3
 
 
+@builds.sanitized
 def test_killed_between_mark_write_and_reply(serve: Serve) -> None:
     """Stretched by delays, a kill hits each place; the write is done again, and is in the map."""
     faults = "before-write=2000,after-write=2000,before-reply=2000"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests import oracle, wait
+from tests import builds, oracle, wait
 from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
@@ -50,6 +50,7 @@ def refused(call: Callable[..., object], *arguments: object) -> int | None:
     return error.value.errno
 
 
+@builds.sanitized
 @pytest.mark.parametrize("cache", ["writeback", "none"])
 @pytest.mark.parametrize("extra", [0, os.O_DIRECT], ids=["buffered", "direct"])
 def test_random_operations_equal_a_model(
@@ -91,6 +92,7 @@ def test_reads_at_the_end_are_short_and_beyond_are_empty(mount: native.Native) -
         assert os.pread(disk, PAGE, 1 << 50) == b""
 
 
+@builds.sanitized
 def test_writes_at_the_end_are_cut_and_beyond_are_refused(mount: native.Native) -> None:
     """As on a block device; the image does not grow, and only what could change is marked."""
     with opened(mount.disk) as disk:
@@ -185,6 +187,7 @@ def test_o_sync_and_fsync_are_counted(mount: native.Native) -> None:
     assert guest["flush"][0] >= 2
 
 
+@builds.sanitized
 def test_shared_mapping(mount: native.Native) -> None:
     """Pages of a writable mapping become writes, marked like any other."""
     with opened(mount.disk) as disk, mmap.mmap(disk, 1 << 20) as view:
@@ -195,6 +198,7 @@ def test_shared_mapping(mount: native.Native) -> None:
     assert mount.written() == {300_000 // native.SEGMENT}
 
 
+@builds.sanitized
 def test_qemu_patterns_discards_and_zeroes(mount: native.Native) -> None:
     """QEMU's block layer, without a cache: patterns verify, zeroes and discards write no bytes."""
     steps = ["write -P 7 1M 64k", "write -z 2M 1M", "write -z -u 4M 1M", "discard 6M 1M", "flush"]

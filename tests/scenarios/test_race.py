@@ -10,10 +10,11 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 
-from tests import command, oracle, qemu
+from tests import builds, command, oracle, qemu
 from tests.posthoc import images
 from tests.posthoc.images import MIB
 
@@ -36,11 +37,36 @@ def writer(disk: Path, size: int, seed: int, kind: str) -> "subprocess.Popen[byt
 def test_no_segment_is_missed(
     tmp_path: Path, mountpoint: Path, datapath: str, granularity: int
 ) -> None:
+    race(tmp_path, mountpoint, datapath, granularity)
+
+
+@pytest.mark.parametrize("granularity", [4096, 65536])
+def test_no_segment_is_missed_where_writes_linger(
+    tmp_path: Path, mountpoint: Path, granularity: int
+) -> None:
+    """Between mark and write, write and second mark, mark and answer, each long enough for the scan to meet it."""
+    delays = {
+        "POSTHOC_DATAPATH": str(builds.datapath("faults")),
+        "POSTHOC_FAULTS": "before-write=700,after-write=700,before-reply=700",
+    }
+    race(tmp_path, mountpoint, "native", granularity, env=delays)
+
+
+def race(
+    tmp_path: Path,
+    mountpoint: Path,
+    datapath: str,
+    granularity: int,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Let writers loose on a mount while it is scanned, and judge the map of its end."""
     size = 24 * MIB + 4096 * 3 + 512
     live, reference = images.pair(tmp_path, size, changed=range(0, 380, 7))
     output = tmp_path / "map.qcow2"
-    options = ["--granularity", str(granularity), "--rate", "12M", "--output", output]
-    with command.mounted(live, reference, mountpoint, "--datapath", datapath, *options) as mount:
+    options = ["--granularity", str(granularity), "--rate", "12M", "--datapath", datapath]
+    with command.mounted(
+        live, reference, mountpoint, *options, "--output", output, env=env
+    ) as mount:
         disk = mount / "disk"
         with qemu.loop_device(disk) as device:
             whole = size // 4096 * 4096

@@ -80,6 +80,16 @@ class KindStatistics:
             self.histogram - earlier.histogram,
         )
 
+    def buckets(self) -> list[tuple[int | None, int]]:
+        """Return (nanoseconds, operations) of each bucket that holds any: they ended in less than that.
+
+        None stands for the last bucket's bound, which it has not.
+        """
+        return [
+            (bucket_end(index) if index < BUCKETS - 1 else None, int(self.histogram[index]))
+            for index in map(int, np.flatnonzero(self.histogram))
+        ]
+
     def percentile(self, percent: float) -> int | None:
         """Return the nanoseconds within which `percent` of the operations ended, None if there were none.
 

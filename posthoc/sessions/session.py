@@ -288,6 +288,7 @@ class Session:
             "output_failure": self._output.failure,
             "pacing": self._courtesy.allowed if self._courtesy.enabled else None,
             "guest": self._guest(),
+            "depth": self._way.recorder.depth,
             "pid": os.getpid(),
         }
 
@@ -308,6 +309,10 @@ class Session:
                     else value / 1000
                     for name, share in (("50", 50), ("99", 99), ("999", 99.9))
                 },
+                "latency_us": [
+                    (None if bound is None else bound / 1000, count)
+                    for bound, count in counted.buckets()
+                ],
             }
             for verb, counted in (
                 ("reads", guest.read),

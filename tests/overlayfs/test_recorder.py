@@ -122,3 +122,18 @@ def test_percentile_of_what_has_no_bound_is_the_largest_known() -> None:
     record = recorder.Recorder(SIZE, GRANULARITY)
     record.account(recorder.WRITE, 1, 1 << 40)
     assert record.statistics().write.percentile(99) == 1 << 36
+
+
+def test_buckets_are_those_that_hold_something() -> None:
+    """Each with its exclusive upper bound; the slowest has none."""
+    record = recorder.Recorder(1 << 20, 65536)
+    for nanoseconds in (5, 6, 2_000_000, 1 << 40):
+        record.account(recorder.WRITE, 512, nanoseconds)
+    found = record.statistics().write.buckets()
+    assert [count for _, count in found] == [2, 1, 1]
+    bounds = [bound for bound, _ in found]
+    assert bounds[0] == 1152
+    assert bounds[1] is not None
+    assert 2_000_000 < bounds[1] <= 2_000_000 * 9 / 8
+    assert bounds[2] is None
+    assert record.statistics().read.buckets() == []

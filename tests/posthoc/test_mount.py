@@ -89,6 +89,25 @@ def test_status_has_the_contracts_keys_in_their_order(tmp_path: Path, mountpoint
         assert json.loads(command.posthoc("status", mount, "--json").stdout)["size"] == 4 * MIB
 
 
+def test_status_has_latencies_and_the_depth(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
+    """For programs: every verb's histogram, which its percentiles come from; how many requests are at work."""
+    live, reference = images.pair(tmp_path)
+    with command.mounted(live, reference, mountpoint, "--datapath", datapath) as mount:
+        for segment in range(20):
+            images.overwrite(mount / "disk", segment * SEGMENT, b"timed")
+        facts = command.status(mount)
+        writes = facts["guest"]["writes"]
+        assert sum(count for _, count in writes["latency_us"]) == writes["operations"] == 20
+        bounds = [bound for bound, _ in writes["latency_us"]]
+        assert bounds == sorted(bounds)
+        assert writes["p50_us"] in bounds
+        assert facts["guest"]["discards"]["latency_us"] == []
+        assert facts["depth"] == 0
+        assert "depth: 0\n" in (mount / "status").read_text()
+
+
 def test_a_map_is_valid_at_every_moment(tmp_path: Path, mountpoint: Path) -> None:
     """Before the scan has begun everything is dirty; an open dirty.qcow2 does not change."""
     live, reference = images.pair(tmp_path)

@@ -11,6 +11,7 @@ import sys
 from dirtymap import errors, images, units
 from dirtymap.images import nbd
 from overlayfs import mountpoint
+from overlayfs.datapath import shared
 from posthoc import background, exits, report
 from posthoc.commands import options, status
 from posthoc.sessions import control, mounted
@@ -64,9 +65,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--read-only", action="store_true", help="serve the disk for reading only")
     parser.add_argument(
         "--threads",
-        type=options.checked(control.worker_count, "threads"),
+        type=options.checked(_threads, "threads"),
         metavar="N",
-        help="threads that serve the disk",
+        help=f"threads that serve the disk, 1 to {shared.MOST_THREADS}",
     )
     parser.add_argument(
         "--datapath",
@@ -77,7 +78,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--cache",
         choices=["writeback", "none"],
         default="writeback",
-        help="the native data path goes through the page cache (writeback) or around it (none)",
+        help="the native data path goes through the page cache (writeback) or around it (none: no other will do)",
     )
     options.access(parser)
     parser.add_argument(
@@ -128,9 +129,15 @@ def _print(where: str, facts: report.Facts) -> None:
     sys.stdout.flush()
 
 
+def _threads(text: str) -> int:
+    return control.count(text, "threads", shared.MOST_THREADS)
+
+
 def _parameters(arguments: argparse.Namespace) -> Parameters:
     if not arguments.bitmap or len(os.fsencode(arguments.bitmap)) > _LONGEST_NAME:
         raise errors.UserError(f"--bitmap: a name has 1 to {_LONGEST_NAME} bytes")
+    if arguments.datapath == "python" and arguments.cache == "none":
+        raise errors.UserError("--cache none is the native data path's: python cannot do it")
     return Parameters(
         live=absolute(arguments.live),
         reference=absolute(arguments.reference),

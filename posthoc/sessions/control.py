@@ -72,6 +72,11 @@ def positive_rate(text: str) -> int:
 
 def worker_count(text: str) -> int:
     """Return how many workers `text` names, from 1 to 64; UserError otherwise."""
-    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= MOST_WORKERS):
-        raise errors.UserError(f"{text!r} workers: a number from 1 to {MOST_WORKERS}")
+    return count(text, "workers", MOST_WORKERS)
+
+
+def count(text: str, what: str, most: int) -> int:
+    """Return how many `what` the `text` names, from 1 to `most`; UserError otherwise."""
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= most):
+        raise errors.UserError(f"{text!r} {what}: a number from 1 to {most}")
     return int(text)

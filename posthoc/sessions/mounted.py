@@ -114,7 +114,8 @@ async def _begin(parameters: Parameters, folder: state.Folder, ready: Ready) -> 
                     return await session.serve(ready)
             except (native.NativeUnavailable, ExceptionGroup) as error:
                 reason = _unavailable(error)
-                if reason is None or parameters.datapath or (session and session.was_ready):
+                must = ways.native_is_a_must(parameters)
+                if reason is None or must or (session and session.was_ready):
                     raise
             reason = f"native: {reason}; no discards"
             log.warning("the python data path serves the disk (%s)", reason)

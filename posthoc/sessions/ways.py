@@ -98,17 +98,22 @@ def inherited(legacy: Legacy) -> tuple[Legacy, bool]:
     return dataclasses.replace(legacy, reference=found), is_same
 
 
+def native_is_a_must(parameters: Parameters) -> bool:
+    """Return whether the native data path was asked for, by name or by what only it can do."""
+    return parameters.datapath == "native" or parameters.cache == "none"
+
+
 @contextlib.contextmanager
 def open_native(
     parameters: Parameters, live: base.Image, folder: state.Folder
 ) -> Iterator[datapath.Datapath]:
     """Prepare the data path that the native program has a part in, for the time of the context.
 
-    Raises NativeUnavailable, also where `native` was asked for by name and `live` is no file.
+    Raises NativeUnavailable, also where nothing but the native data path would do and `live` is no file.
     """
     if isinstance(live, file.FileImage):
         way: native.NativeDatapath | forward.ForwardDatapath = _native(parameters, live, folder)
-    elif parameters.datapath == "native":
+    elif native_is_a_must(parameters):
         raise native.NativeUnavailable(f"{live.name} is not a raw file or block device")
     else:
         way = _forward(parameters, live, folder)

@@ -69,15 +69,24 @@ class KeptMount:
         self._keeper: subprocess.Popen[bytes] | None = None
         self._left = False
 
-    def lacks(self, abilities: Mapping[int, str]) -> str:
-        """Return what this kernel cannot do of `abilities` (INIT's flag: what is missing then), for `status`."""
+    def lacks(self, abilities: Mapping[int, str], minors: Mapping[int, str] | None = None) -> str:
+        """Return for `status` what is missing here.
+
+        Of this kernel: `abilities` (a flag of INIT's) and `minors` (the protocol's minor version), each with the
+        words for its absence. Of this process: memory that may be locked.
+        """
         header = self._memory.header
         if not header.init_length:
             return ""
         missing = [words for flag, words in abilities.items() if not header.kernel_flags & flag]
-        return "".join(f"; {words}" for words in missing) + (
-            " (this kernel is too old)" if missing else ""
-        )
+        for minor, words in (minors or {}).items():
+            if self._memory.fuse_minor < minor:
+                missing.append(words)
+        told = "".join(f"; {words}" for words in missing)
+        told += " (this kernel is too old)" if missing else ""
+        if not header.locked:
+            told += "; a kill may fail a request (buffers not locked: raise RLIMIT_MEMLOCK)"
+        return told
 
     def open_device(self, mountpoint: str, options: datapath.MountOptions) -> str:
         """Mount, start the keeper, see INIT arrive; return pyfuse3's end of the socket as /dev/fd/N.

@@ -44,6 +44,8 @@ _ABILITIES = {
     FUSE_ASYNC_DIO: "without asynchronous direct I/O",
     FUSE_DIRECT_IO_ALLOW_MMAP: "without shared mappings",
 }
+# The protocol's minor version from which FOPEN_PARALLEL_DIRECT_WRITES means something.
+_MINORS = {38: "without parallel direct writes"}
 
 
 class _ServedElsewhere:
@@ -164,7 +166,8 @@ class NativeDatapath:
     def description(self) -> str:
         """Return what `status` says of it, with what this kernel cannot do."""
         count = int(self.memory.header.threads)
-        return f"native, {count} thread{'s' * (count != 1)}" + self._mount.lacks(_ABILITIES)
+        lacks = self._mount.lacks(_ABILITIES, _MINORS)
+        return f"native, {count} thread{'s' * (count != 1)}{lacks}"
 
     def open_device(self, mountpoint: str, options: datapath.MountOptions) -> str:
         """Mount, unless it is adopted; return pyfuse3's end of the socket. Raises NativeUnavailable."""

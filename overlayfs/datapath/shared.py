@@ -189,6 +189,12 @@ class Memory:
         """Bytes of a segment."""
         return 1 << int(self.header.granularity_bits)
 
+    @property
+    def fuse_minor(self) -> int:
+        """The minor version of the kernel's FUSE protocol, as its INIT request says; 0 before that."""
+        # struct fuse_in_header is 40 bytes, then come major and minor.
+        return int.from_bytes(bytes(self.header.init[44:48]), "little")
+
     def _part(self, start: int, length: int) -> npt.NDArray[np.uint8]:
         return np.frombuffer(self._map, np.uint8, count=length, offset=start)
 

@@ -41,7 +41,8 @@ unsigned char *locked_memory(struct shared_header *shared, size_t length)
     void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
-    if (mlock(memory, length) && !faults_sabotage("no-lock")) {
+    errno = EPERM;
+    if (faults_sabotage("no-lock") || mlock(memory, length)) {
         atomic_store(&shared->locked, 0);
         if (!told)
             say("buffers are not locked into memory errno=%d: raise RLIMIT_MEMLOCK", errno);

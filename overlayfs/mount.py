@@ -27,7 +27,7 @@ import trio
 
 from dirtymap import errors
 from overlayfs import datapath, filesystem, mountpoint
-from overlayfs.datapath import MountOptions
+from overlayfs.datapath import MountOptions, keeper, kernel
 
 __all__ = ["MountOptions", "serve"]
 
@@ -137,6 +137,9 @@ def _device(
             pyfuse3.init(files, device, _fuse_options(options))
         except RuntimeError:
             pyfuse3.close(unmount=False)
+            if device != where:
+                kernel.unmount(where)
+                raise keeper.NativeUnavailable("libfuse does not take its descriptor") from None
             raise errors.UserError(
                 f"{where}: the kernel refused the FUSE mount (its reason stands above)"
             ) from None

@@ -123,15 +123,17 @@ def spawn(
     return process, ours
 
 
-def ask(path: Path, word: str) -> str:
+def ask(path: Path, word: str, patience: float = _PATIENCE) -> str:
     """Send one word to the keeper that listens on `path` and return its answer.
 
-    Waits for a keeper that is being replaced. Raises OSError when there is none.
+    Waits for a keeper that is being replaced. Raises OSError when there is none, or it does not answer. A
+    drain takes as long as the slowest write.
     """
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + patience
     while True:
         try:
             with _sequenced() as connection:
+                connection.settimeout(None if word == "drain" else patience)
                 connection.connect(os.fspath(path))
                 connection.send(word.encode())
                 answer = connection.recv(_LONGEST_WORD)

@@ -25,7 +25,7 @@ import trio
 
 from dirtymap import errors
 from overlayfs import datapath
-from overlayfs.datapath import keeper, kernel, shared
+from overlayfs.datapath import ending, keeper, kernel, shared
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ NOT_REPLACED = {FUSE_HAS_RESEND: "not replaced when killed"}
 
 _SELF_TEST = 5.0
 _STOP_PATIENCE = 15.0
+# For an answer of a keeper that is alive, and for a killed process to be gone.
+_ANSWER_PATIENCE = 2.0
 _KEEPER_TRIES = 5
 _PAUSE, _RETRY = 0.002, 0.5
 
@@ -108,6 +110,10 @@ class KeptMount:
             self._test()
         except BaseException:
             kernel.unmount(mountpoint)
+            if self._keeper is not None:
+                # Whatever it is doing, it does not serve: it is not asked to end.
+                self._memory.header.ending = 1
+                self._keeper.kill()
             self.close()
             raise
 
@@ -134,14 +140,50 @@ class KeptMount:
         """Replace a keeper that dies; end pyfuse3 when the mount is gone. Ends the server when cancelled."""
         task_status.started()
         try:
-            while await self._hear() != b"gone":
-                await trio.to_thread.run_sync(self._replace_keeper)
-            pyfuse3.terminate()
-            await trio.sleep_forever()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                while await self._hear() != b"gone":
+                    await trio.to_thread.run_sync(self._replace_keeper)
+                pyfuse3.terminate()
+                await trio.sleep_forever()
         finally:
             # With it ends the connection, and with that whatever still waits for an answer.
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self.close)
+
+    async def _watch(self) -> None:
+        """See what a keeper cannot tell: that INIT is not answered, or that the mount is gone and the keeper stuck.
+
+        Raises NativeUnavailable in the first case, and ends pyfuse3 in the second.
+        """
+        assert self._descriptors is not None
+        fuse = self._descriptors.fuse
+        with trio.move_on_after(_SELF_TEST) as waited:
+            while not self._memory.header.answered:  # noqa: ASYNC110 (another process answers)
+                await trio.sleep(0.005)
+        if waited.cancelled_caught:
+            await self._give_up(f"INIT is not answered within {_SELF_TEST:.0f} s")
+        await ending.until_gone(fuse)
+        while await trio.to_thread.run_sync(  # noqa: ASYNC110 (another process answers)
+            self._keeper_answers, abandon_on_cancel=True
+        ):
+            await trio.sleep(_ANSWER_PATIENCE)
+        log.warning("the mount is gone and the keeper does not answer")
+        pyfuse3.terminate()
+
+    async def _give_up(self, reason: str) -> None:
+        """End pyfuse3, which must not see its socket end before, and raise NativeUnavailable."""
+        pyfuse3.terminate()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            raise keeper.NativeUnavailable(reason) from None
+
+    def _keeper_answers(self) -> bool:
+        try:
+            return bool(keeper.ask(self._path, "pids", _ANSWER_PATIENCE))
+        except OSError:
+            return False
 
     async def _hear(self) -> bytes:
         """Return the keeper's next word, b"" if it is dead."""
@@ -207,9 +249,15 @@ class KeptMount:
         return True
 
     def _reap(self) -> None:
-        if self._keeper is not None:
+        if self._keeper is None:
+            return
+        try:
+            self._keeper.wait(_ANSWER_PATIENCE)
+        except subprocess.TimeoutExpired:
+            # It has closed its connection or was told to end; whatever keeps it, nobody needs it any more.
+            self._keeper.kill()
             self._keeper.wait()
-            self._keeper = None
+        self._keeper = None
 
     def ask(self, word: str) -> None:
         """Have the keeper do what `word` says (drain, swap, commit, back); raises UserError if it does not."""
@@ -241,13 +289,31 @@ class KeptMount:
             self._reap()
 
     def _stop(self, connection: socket.socket) -> None:
-        """Ask the keeper to end, and return when it has: its connection ends with it."""
-        connection.settimeout(_STOP_PATIENCE)
+        """Ask the keeper to end, and return when it has: its connection ends with it. One that is stuck is killed."""
+        header = self._memory.header
+        # A keeper that dies from now on is not to be replaced by its standby.
+        header.ending = 1
         try:
             connection.send(b"stop")
-            while connection.recv(64):
-                pass
-        except TimeoutError:
-            log.error("the data path does not end: the disk hangs")
+            if _ends(connection, _ANSWER_PATIENCE):
+                return
+            if self._keeper_answers() and _ends(connection, _STOP_PATIENCE):
+                return
         except OSError:
-            pass  # it is dead, or has ended because the mount is gone
+            return  # it is dead, or has ended because the mount is gone
+        log.warning("the keeper does not end: killed")
+        ending.kill(header.keeper_pid, header.keeper_start, _ANSWER_PATIENCE)
+        # Dies with its keeper, unless the disk holds it.
+        if not ending.kill(header.server_pid, header.server_start, _ANSWER_PATIENCE):
+            log.error("the server does not end: the disk hangs")
+
+
+def _ends(connection: socket.socket, patience: float) -> bool:
+    """Return whether the other end closes a connection within `patience` seconds; OSError if it is dead."""
+    connection.settimeout(patience)
+    try:
+        while connection.recv(64):
+            pass
+    except TimeoutError:
+        return False
+    return True

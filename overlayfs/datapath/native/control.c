@@ -407,6 +407,10 @@ static void accept_answer(struct control *control, unsigned char *reply, size_t 
     struct shared_row *row = &control->rows[i];
     patch(control, row, reply, length);
     bool init = row->opcode == FUSE_INIT && head->error == 0;
+    if (init && faults_sabotage("no-init-answer")) {
+        pthread_mutex_unlock(&control->mutex);
+        return;
+    }
     if (!copy->request) {
         /* Sent by a server that died; the kernel is about to send it again, under another name. */
         free(copy->answer);

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which data path serves a mount, what is told of it, and what happens where the native one does not work."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests import builds, command, qemu, wait
+from tests.posthoc import images
+from tests.posthoc.images import SEGMENT
+from tests.scenarios import test_deaths
+
+Path = pathlib.Path
+
+FALLS_BACK = "posthoc: the python data path serves the disk (native: "
+
+
+def script(path: Path, body: str) -> str:
+    """Write a program that stands in for posthoc-datapath."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def falls_back(
+    tmp_path: Path, mountpoint: Path, reason: str, env: dict[str, str], live: str | None = None
+) -> None:
+    """Mount, be told why the python data path serves, and find that it does."""
+    raw, reference = images.pair(tmp_path, changed=[3])
+    done = command.posthoc("mount", live or raw, reference, mountpoint, env=env)
+    try:
+        assert f"{FALLS_BACK}{reason}" in done.stderr
+        assert command.until_state(mountpoint, "complete")["differing"] == SEGMENT
+        assert command.status(mountpoint)["datapath"].startswith("python, 4 threads (native: ")
+        images.overwrite(mountpoint / "disk", 0, b"served")
+    finally:
+        command.posthoc("umount", mountpoint)
+    assert not command.is_mounted(mountpoint)
+
+
+def test_a_disk_that_is_no_file_is_told(tmp_path: Path, mountpoint: Path) -> None:
+    raw, _ = images.pair(tmp_path, changed=[3])
+    qcow2 = tmp_path / "live.qcow2"
+    qemu.convert(raw, qcow2, "qcow2")
+    reason = f"qcow2:{qcow2} is not a raw file or block device"
+    falls_back(tmp_path, mountpoint, reason, {}, live=f"qcow2:{qcow2}")
+
+
+def test_a_program_that_never_serves_is_ended(tmp_path: Path, mountpoint: Path) -> None:
+    """It is not waited for: what it would do after a minute is of no interest."""
+    program = script(tmp_path / "program", "exec sleep 60")
+    began = time.monotonic()
+    reason = f"{program} does not serve within 5 s"
+    falls_back(tmp_path, mountpoint, reason, {"POSTHOC_DATAPATH": program})
+    assert time.monotonic() - began < 45
+
+
+def test_a_session_that_is_not_heard(tmp_path: Path, mountpoint: Path) -> None:
+    """A server that reads requests but does not bring the session's answers: nothing would ever work."""
+    env = {
+        "POSTHOC_DATAPATH": str(builds.datapath("faults")),
+        "POSTHOC_FAULTS": "no-init-answer",
+    }
+    falls_back(tmp_path, mountpoint, "INIT is not answered within 5 s", env)
+
+
+def test_a_libfuse_that_takes_no_descriptor(tmp_path: Path, mountpoint: Path) -> None:
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if '--ready-fd' in sys.argv:\n"
+        "    import pyfuse3\n"
+        "    init = pyfuse3.init\n"
+        "    def elsewhere(operations, device, *rest):\n"
+        "        init(operations, device.replace('/dev/fd/', '/dev/fd/999'), *rest)\n"
+        "    pyfuse3.init = elsewhere\n"
+    )
+    env = {"PYTHONPATH": f"{hook}:{command.ROOT}"}
+    falls_back(tmp_path, mountpoint, "libfuse does not take its descriptor", env)
+
+
+def test_who_asked_for_the_native_data_path_gets_no_other(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path)
+    env = {"POSTHOC_DATAPATH": "/nonexistent"}
+    for options in (["--datapath", "native"], ["--cache", "none"]):
+        refused = command.posthoc("mount", *options, live, reference, mountpoint, status=2, env=env)
+        assert refused.stderr == (
+            "posthoc: the native data path cannot be used: /nonexistent was not built\n"
+        )
+        assert not command.is_mounted(mountpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--datapath", "python", "--cache", "none"], "--cache none is the native data path's"),
+        (["--threads", "16"], "argument --threads: '16' threads: a number from 1 to 15"),
+        (["--threads", "65"], "argument --threads: '65' threads: a number from 1 to 15"),
+        (["--workers", "65"], "argument --workers: '65' workers: a number from 1 to 64"),
+    ],
+)
+def test_options_that_cannot_be_had_are_refused(
+    tmp_path: Path, mountpoint: Path, options: list[str], said: str
+) -> None:
+    live, reference = images.pair(tmp_path)
+    refused = command.posthoc("mount", *options, live, reference, mountpoint, status=2)
+    assert len(refused.stderr.splitlines()) == 1
+    assert said in refused.stderr
+
+
+@pytest.mark.parametrize("count", [1, 3, 15])
+def test_threads(tmp_path: Path, mountpoint: Path, datapath: str, count: int) -> None:
+    live, reference = images.pair(tmp_path)
+    options = ["--threads", str(count), "--datapath", datapath]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        expected = f"{datapath}, {count} thread{'s' * (count != 1)}"
+        assert command.status(mount)["datapath"] == expected
+        assert (mount / "disk").read_bytes() == live.read_bytes()
+        images.overwrite(mount / "disk", SEGMENT, b"written")
+        assert command.until_state(mount, "complete")["dirty"] == SEGMENT
+
+
+def descriptors(pid: int, path: Path) -> list[int]:
+    """The flags of a process's descriptors of a file."""
+    folder = Path(f"/proc/{pid}")
+    found = [entry.name for entry in (folder / "fd").iterdir() if entry.readlink() == path]
+    lines = [(folder / "fdinfo" / name).read_text().splitlines() for name in found]
+    return [int(line.split()[1], 8) for text in lines for line in text if "flags:" in line]
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback"])
+def test_cache(workdir: Path, mountpoint: Path, cache: str) -> None:
+    """The server has the disk open around the page cache too, and a guest's aligned requests go that way."""
+    live, reference = images.pair(workdir)
+    with command.mounted(live, reference, mountpoint, "--paused", "--cache", cache) as mount:
+        flags = [descriptors(pid, live) for pid in test_deaths.natives(mount)]
+        assert len(flags) == 2
+        assert all(
+            (os.O_DIRECT in [f & os.O_DIRECT for f in one]) == (cache == "none") for one in flags
+        )
+        qemu.run("dd", f"of={live}", "oflag=nocache", "conv=notrunc,fdatasync", "count=0")
+        qemu.io(mount / "disk", "write -P 5 0 1M", "read -P 5 0 1M", options=["-t", "none"])
+        cached = qemu.run("fincore", "--bytes", "--noheadings", "--output=RES", live)
+        assert (int(cached) == 0) == (cache == "none")
+        assert command.status(mount)["written"] == 16 * SEGMENT
+
+
+def test_a_stopped_keeper_does_not_hold_up_the_end(tmp_path: Path, mountpoint: Path) -> None:
+    """It is to say that the mount is gone; the session sees that as well, and ends what is stuck."""
+    live, reference = images.pair(tmp_path, changed=[3])
+    output = tmp_path / "map.qcow2"
+    command.posthoc(
+        "mount", "--datapath", "native", "--output", output, live, reference, mountpoint
+    )
+    command.until_state(mountpoint, "complete")
+    images.overwrite(mountpoint / "disk", 0, b"new")
+    processes = test_deaths.natives(mountpoint)
+    keeper = min(processes)
+    os.kill(keeper, signal.SIGSTOP)
+    began = time.monotonic()
+    command.posthoc("umount", mountpoint)
+    assert time.monotonic() - began < 30
+    assert qemu.dirty_segments(output, SEGMENT) == {0, 3}
+    wait.until(lambda: not test_deaths.natives(mountpoint), "nothing is left")
+    # The disk is free for others.
+    qemu.io(live, "read 0 512")
+
+
+def test_a_stopped_keeper_does_not_hold_up_a_signal(tmp_path: Path, mountpoint: Path) -> None:
+    live, reference = images.pair(tmp_path)
+    session = subprocess.Popen(
+        command.words("mount", "--datapath", "native", "--foreground", live, reference, mountpoint),
+        env=command.environment(),
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait.until((mountpoint / "disk").exists, "it answers")
+        os.kill(min(test_deaths.natives(mountpoint)), signal.SIGSTOP)
+        session.terminate()
+        assert session.wait(30) == 0
+        assert not command.is_mounted(mountpoint)
+        assert not test_deaths.natives(mountpoint)
+    finally:
+        session.kill()
+        session.communicate()

@@ -16,9 +16,9 @@ from tests import builds
 from tests import builds
 from tests.overlayfs import mounted
 
-# The native data path's own tests have builds that can be delayed, and disks with broken places.
 python_only = pytest.mark.parametrize("datapath", ["python"], indirect=True)
-in_python = pytest.mark.parametrize("datapath", ["python", "forward"], indirect=True)
+# For what is said of the image: where it is a file, the native program's calls go past all gates.
+gated = pytest.mark.parametrize("datapath", ["python", "forward", "stacked"], indirect=True)
 
 # No multiple of a page, nor of a segment.
 SIZE = 8 * 1024 * 1024 + 1000
@@ -78,8 +78,10 @@ def serve(
 ) -> Callable[..., AbstractContextManager[mounted.Mounted]]:
     """`with serve(read_only=True) as it:` mounts `live`, over each data path in turn.
 
-    What is said of the image itself (gates, broken places, its calls) is `in_python`.
+    What is said of the image itself (gates, broken places, its calls) is `gated`.
     """
+    if datapath == "stacked":
+        return functools.partial(mounted.stacked, tmp_path, live, mountpoint)
     built = {} if variant == "product" else {"POSTHOC_DATAPATH": str(builds.datapath(variant))}
     return functools.partial(
         mounted.serving, tmp_path, live, mountpoint, datapath=datapath, environment=built

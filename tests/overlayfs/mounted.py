@@ -18,6 +18,9 @@ from tests import builds, wait
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+# What is asked of an image: its gates and its broken places.
+_OF_THE_IMAGE = {"close_gate", "open_gate", "waiting", "break", "mend"}
+
 
 @dataclasses.dataclass
 class Mounted:
@@ -29,6 +32,8 @@ class Mounted:
     record: pathlib.Path
     log: pathlib.Path
     granularity: int
+    # Who serves the image beneath, where that is another (see `stacked`).
+    image: "Mounted | None" = None
     _pending: bytes = b""
     _has_mounted: bool = False
 
@@ -52,7 +57,9 @@ class Mounted:
         return answer
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """Have the process do something (a method do_NAME of serve.Server)."""
+        """Have the process do something (a method do_NAME of serve.Server), or who serves its image."""
+        if self.image is not None and name in _OF_THE_IMAGE:
+            return self.image.ask(name, *arguments)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
         self.process.stdin.flush()
@@ -60,7 +67,13 @@ class Mounted:
 
     def facts(self) -> dict[str, Any]:
         answer: dict[str, Any] = self.ask("facts")
+        if self.image is not None:
+            answer["syncs"] = self.image.facts()["syncs"]
         return answer
+
+    def open_gates(self) -> None:
+        """Open all gates, also of a process that takes no commands any more."""
+        (self.image or self).process.send_signal(signal.SIGUSR1)
 
     def written(self) -> set[int]:
         """Return the segments whose bit is set in the write bitmap, read from the shared file.
@@ -139,3 +152,29 @@ def serving(
     finally:
         mounted.close()
     builds.check(mounted.log.read_text())
+
+
+@contextmanager
+def stacked(
+    folder: pathlib.Path,
+    live: pathlib.Path,
+    mountpoint: pathlib.Path,
+    *,
+    mark_late: bool = False,
+    environment: Mapping[str, str] | None = None,
+    **config: Any,
+) -> Iterator[Mounted]:
+    """Mount natively over the disk of a mount over python, which has the gates and the broken places.
+
+    `mark_late` is the mistake that the tests must be able to find: the first of the two marks is left away.
+    """
+    below = folder / "below"
+    (below / "mnt").mkdir(parents=True)
+    if mark_late:
+        program = str(builds.datapath("faults"))
+        environment = {"POSTHOC_DATAPATH": program, "POSTHOC_FAULTS": "no-mark-before"}
+    with serving(below, live, below / "mnt") as image:
+        config |= {"datapath": "native", "environment": environment}
+        with serving(folder, image.disk, mountpoint, **config) as it:
+            it.image, it.live = image, live
+            yield it

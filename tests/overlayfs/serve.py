@@ -156,6 +156,19 @@ class FailingDatapath(python.PythonDatapath):
         raise RuntimeError("the data path has failed")
 
 
+class FailingNative(native.NativeDatapath):
+    """The same of the native one."""
+
+    failure: trio.Event
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(super().run)
+            task_status.started()
+            await self.failure.wait()
+            raise RuntimeError("the data path has failed")
+
+
 class Status:
     """A virtual file whose contents are made at each opening: it counts them."""
 
@@ -386,7 +399,7 @@ class NativeServer(Server):
     def _path(self, image: Any, granularity: int) -> datapath.Datapath:
         # A socket's path is short; a test's folder need not be.
         self.folder = tempfile.TemporaryDirectory(prefix="posthoc-")
-        return native.NativeDatapath.create(
+        path = FailingNative.create(
             image.fd,
             image.size,
             granularity,
@@ -394,12 +407,24 @@ class NativeServer(Server):
             read_only=self.read_only,
             threads=self.config.get("threads"),
         )
+        assert isinstance(path, FailingNative)
+        path.failure = trio.Event()
+        return path
 
     def _close(self) -> None:
         super()._close()
         self.folder.cleanup()
         # What it recorded lies in memory that ends with it.
         pathlib.Path(self.config["record"]).write_bytes(self.recorder.written.data.tobytes())
+
+    def do_commit(self, _: trio.Nursery) -> None:
+        self.path.commit()
+
+    def do_taken(self, _: trio.Nursery) -> list[int]:
+        return [first + i for first, count in self.path.memory.taken.runs() for i in range(count)]
+
+    def do_pids(self, _: trio.Nursery) -> list[int]:
+        return list(self.path.pids())
 
     def do_written(self, _: trio.Nursery) -> list[int]:
         return [first + i for first, count in self.recorder.written.runs() for i in range(count)]

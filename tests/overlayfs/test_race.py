@@ -21,7 +21,7 @@ import pytest
 
 from tests import oracle, wait
 from tests.overlayfs import conftest, mounted
-from tests.overlayfs.conftest import in_python, python_only
+from tests.overlayfs.conftest import gated, python_only
 
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
 WRITER = pathlib.Path(__file__).with_name("writer.py")
@@ -101,7 +101,7 @@ def race(serve: Serve, tmp_path: pathlib.Path, granularity: int) -> None:
         assert all(differing <= one | written for one in found)
 
 
-@in_python
+@gated
 def test_bits_stand_before_bytes_change(serve: Serve, tmp_path: pathlib.Path) -> None:
     """A write that has not changed a byte yet has its bits; so it has while its answer is held back."""
     reference = tmp_path / "reference"
@@ -124,7 +124,7 @@ def test_bits_stand_before_bytes_change(serve: Serve, tmp_path: pathlib.Path) ->
             assert writer.wait(wait.DEADLINE) == 0
 
 
-@python_only
+@gated
 def test_marking_after_the_write_misses_segments(serve: Serve, tmp_path: pathlib.Path) -> None:
     """The check can fail: with the mark behind the write, a map taken between the two is too clean."""
     reference = tmp_path / "reference"
@@ -143,7 +143,7 @@ def test_marking_after_the_write_misses_segments(serve: Serve, tmp_path: pathlib
         assert missed == {3, 4}
 
 
-@python_only
+@gated
 def test_a_bitmap_armed_after_the_first_read_misses_segments(
     serve: Serve, tmp_path: pathlib.Path
 ) -> None:
@@ -159,7 +159,7 @@ def test_a_bitmap_armed_after_the_first_read_misses_segments(
         assert differing - mount.written() - found == {3, 4}
 
 
-@in_python
+@gated
 def test_a_checkpoint_waits_for_the_writes_in_flight(serve: Serve, tmp_path: pathlib.Path) -> None:
     """After swap and drain, what the swap took is on the disk, and what comes later has a bit."""
     checkpoint = tmp_path / "checkpoint"
@@ -177,7 +177,24 @@ def test_a_checkpoint_waits_for_the_writes_in_flight(serve: Serve, tmp_path: pat
         wait.until(lambda: mount.facts()["drained"], "drained")
         shutil.copyfile(mount.live, checkpoint)
         subprocess.run(_write_segments(mount, 20, 1), check=True)
-        assert oracle.differing(mount.live, checkpoint, SEGMENT) == mount.written() == {20}
+        assert oracle.differing(mount.live, checkpoint, SEGMENT) == {20}
+        # The native data path marks once more behind a write: too much rather than too little.
+        assert {20} <= mount.written() <= {3, 4, 20}
+
+
+@pytest.mark.parametrize("datapath", ["native"], indirect=True)
+def test_what_a_checkpoint_has_taken_is_kept_until_it_is_committed(serve: Serve) -> None:
+    """A session that dies before finds it written again; the next swap takes what came since, and nothing twice."""
+    with serve() as mount:
+        subprocess.run(_write_segments(mount, 3, 1), check=True)
+        assert mount.ask("swap") == mount.ask("taken") == [3]
+        assert mount.written() == set()
+        mount.ask("drain")
+        wait.until(lambda: mount.facts()["drained"], "drained")
+        subprocess.run(_write_segments(mount, 5, 1), check=True)
+        mount.ask("commit")
+        assert mount.ask("taken") == []
+        assert mount.ask("swap") == mount.ask("taken") == [5]
 
 
 @python_only

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 import pytest
 
 from tests import builds
-from tests import builds
 from tests.overlayfs import mounted
 
 python_only = pytest.mark.parametrize("datapath", ["python"], indirect=True)

@@ -124,6 +124,7 @@ def spawn(
 ) -> Mounted:
     """Start a server; its first line has not been read."""
     record, log = folder / "record", folder / "serve.log"
+    record.unlink(missing_ok=True)
     config |= {"live": str(live), "mountpoint": str(mountpoint), "record": str(record)}
     config["granularity"] = granularity
     with log.open("wb") as errors:

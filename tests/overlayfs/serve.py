@@ -424,7 +424,7 @@ class NativeServer(Server):
         return [first + i for first, count in self.path.memory.taken.runs() for i in range(count)]
 
     def do_pids(self, _: trio.Nursery) -> list[int]:
-        return list(self.path.pids())
+        return [*self.path.pids(), self.path.memory.header.standby_pid]
 
     def do_written(self, _: trio.Nursery) -> list[int]:
         return [first + i for first, count in self.recorder.written.runs() for i in range(count)]

@@ -19,17 +19,10 @@ import pytest
 
 from tests import wait
 from tests.overlayfs import conftest, mounted
-from tests.overlayfs.conftest import python_only
+from tests.overlayfs.conftest import gated, python_only
 
 NOBODY = 65534
 Serve = Callable[..., AbstractContextManager[mounted.Mounted]]
-
-
-# The ends of a mount over the native data path: tests/posthoc/test_mount.py and tests/scenarios/test_deaths.py.
-@pytest.fixture(params=["python", "forward"])
-def datapath(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 @contextmanager
@@ -51,15 +44,24 @@ def script(path: pathlib.Path, body: str) -> pathlib.Path:
     return path
 
 
+def lives(pid: int) -> bool:
+    """Return whether a process, nobody's child of ours, still runs."""
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 # Refused
 
 
 def test_mountpoint_that_is_not_empty(
-    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, datapath: str
 ) -> None:
     """One line, nothing mounted, what was in the folder is untouched."""
     (mountpoint / "mine").write_text("mine")
-    with spawned(tmp_path, live, mountpoint) as it:
+    with spawned(tmp_path, live, mountpoint, datapath=datapath) as it:
         assert it.line() == {"refused": f"{mountpoint}: the directory is not empty"}
         it.end()
         assert not it.is_mounted()
@@ -92,12 +94,12 @@ def test_two_mounts_at_a_time(mount: mounted.Mounted, tmp_path: pathlib.Path) ->
 
 
 def test_mount_that_does_not_answer_is_taken_away(
-    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, datapath: str
 ) -> None:
     """started() is only said of a mount that a child's statfs got an answer from."""
     broken = script(tmp_path / "stat", "exit 7")
     environment = {"POSTHOC_STAT": str(broken)}
-    with spawned(tmp_path, live, mountpoint, environment=environment) as it:
+    with spawned(tmp_path, live, mountpoint, datapath=datapath, environment=environment) as it:
         line = it.line()["refused"]
         assert line == f"{mountpoint}: the mount does not answer: {broken} ended with status 7"
         it.end()
@@ -105,13 +107,13 @@ def test_mount_that_does_not_answer_is_taken_away(
 
 
 def test_cancelled_while_the_mount_is_being_asked(
-    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path
+    tmp_path: pathlib.Path, live: pathlib.Path, mountpoint: pathlib.Path, datapath: str
 ) -> None:
     """SIGTERM during the start: a child that gets no answer is not waited for, the mount is gone."""
     asked = tmp_path / "asked"
     stuck = script(tmp_path / "stat", f"touch {asked}\nexec sleep 1000")
     environment = {"POSTHOC_STAT": str(stuck)}
-    with spawned(tmp_path, live, mountpoint, environment=environment) as it:
+    with spawned(tmp_path, live, mountpoint, datapath=datapath, environment=environment) as it:
         wait.until(asked.exists, "the mount is being asked")
         assert it.terminate() == 0
         assert not it.is_mounted()
@@ -209,6 +211,7 @@ def test_signal_while_a_file_is_open(serve: Serve) -> None:
             conftest.hang_up(disk)
 
 
+@gated
 def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
     """A write that has reached us lands whole, is marked, and is answered before the process ends."""
     with serve() as mount:
@@ -221,7 +224,7 @@ def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
                 wait.until(lambda: not mount.is_mounted(), "detached")
                 assert mount.process.poll() is None
             finally:
-                mount.process.send_signal(signal.SIGUSR1)
+                mount.open_gates()
             assert writer.wait(wait.DEADLINE) == 0
         assert mount.end() == 0
         assert mount.live.read_bytes()[3 * 65536 : 4 * 65536] == bytes(65536)
@@ -267,12 +270,21 @@ def test_signal_under_load(serve: Serve) -> None:
         assert changed <= mount.written()
 
 
-@python_only
-def test_killed_process_leaves_a_dead_mount_that_umount_takes_away(serve: Serve) -> None:
+# Behind the native program the keeper takes it away (as_user.py, test_discards.py).
+@pytest.mark.parametrize("datapath", ["python", "native"], indirect=True)
+def test_killed_processes_leave_a_dead_mount_that_umount_takes_away(
+    serve: Serve, datapath: str
+) -> None:
     """SIGKILL gives nobody the time to unmount; no thread of the process hangs on its own mount."""
     with serve() as mount:
-        mount.process.kill()
+        others = mount.ask("pids") if datapath == "native" else []
+        # Stopped before, so that none of them can make good for another.
+        for pid in [*others, mount.process.pid]:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in [*others, mount.process.pid]:
+            os.kill(pid, signal.SIGKILL)
         assert mount.end() == -signal.SIGKILL
+        wait.until(lambda: not any(map(lives, others)), "nothing serves")
         with pytest.raises(OSError) as error:
             os.stat(mount.disk)
         assert error.value.errno == errno.ENOTCONN
@@ -365,7 +377,7 @@ def users_folder() -> Iterator[pathlib.Path]:
     shutil.rmtree(folder)
 
 
-def run_as_user(folder: pathlib.Path, device_mode: int) -> str:
+def run_as_user(folder: pathlib.Path, device_mode: int, datapath: str) -> str:
     """Run tests/overlayfs/as_user.py as nobody, who sees a /dev/fuse of `device_mode`."""
     node = folder / "fuse"
     os.mknod(node, stat.S_IFCHR | device_mode, os.stat("/dev/fuse").st_rdev)
@@ -374,18 +386,18 @@ def run_as_user(folder: pathlib.Path, device_mode: int) -> str:
     bind = 'mount --bind "$1" /dev/fuse && shift && exec "$@"'
     command = ["unshare", "--mount", "--", "sh", "-c", bind, "sh", str(node)]
     command += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    command += [sys.executable, "-m", "tests.overlayfs.as_user", str(folder)]
+    command += [sys.executable, "-m", "tests.overlayfs.as_user", str(folder), datapath]
     done = subprocess.run(command, cwd=mounted.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
-def test_mounting_without_root(users_folder: pathlib.Path) -> None:
+def test_mounting_without_root(users_folder: pathlib.Path, datapath: str) -> None:
     """Another user mounts and unmounts through fusermount3, with the same behaviour."""
-    assert run_as_user(users_folder, 0o666) == "done"
+    assert run_as_user(users_folder, 0o666, datapath) == "done"
 
 
-def test_device_that_the_user_may_not_open(users_folder: pathlib.Path) -> None:
+def test_device_that_the_user_may_not_open(users_folder: pathlib.Path, datapath: str) -> None:
     """One line says so."""
-    said = run_as_user(users_folder, 0o600)
+    said = run_as_user(users_folder, 0o600, datapath)
     assert said.startswith("refused: /dev/fuse cannot be opened by this user: ")

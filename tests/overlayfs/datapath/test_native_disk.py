@@ -9,11 +9,12 @@ import os
 import pathlib
 import random
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests import builds, oracle, wait
+from tests import builds, oracle, qemu, wait
 from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
@@ -215,6 +216,63 @@ def test_qemu_patterns_discards_and_zeroes(mount: native.Native) -> None:
     assert mount.facts()["guest"]["write"][1] == 65536
     expected = {16, *range(32, 48), *range(64, 80), *range(96, 112)}
     assert mount.written() == expected
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_qemu_commands_equal_a_model(mount: native.Native, seed: int) -> None:
+    """Writes, zeroes with and without unmapping, discards, in any order: QEMU reads the model's bytes, and exactly
+    the model's segments are marked."""
+    numbers = random.Random(seed)
+    model = oracle.ModelDisk.of(mount.live, native.SEGMENT)
+    commands = []
+    for _ in range(120):
+        length = PAGE * numbers.choice([1, 2, 16, 31, 100])
+        start = numbers.randrange((SIZE - length) // PAGE) * PAGE
+        verb = numbers.choice(["write -P", "aio_write -P", "write -z", "write -z -u", "discard"])
+        if verb.endswith("-P"):
+            pattern = numbers.randrange(1, 256)
+            # Patterns overlap: one is finished before the next begins.
+            commands += [f"{verb} {pattern} {start} {length}", "aio_flush"]
+            commands.append(f"read -P {pattern} {start} {length}")
+            model.write(start, bytes([pattern]) * length)
+        else:
+            commands += [f"{verb} {start} {length}", f"read -P 0 {start} {length}"]
+            model.zero(start, length)
+    options = f"driver=raw,discard=unmap,file.driver=file,file.filename={mount.disk}"
+    done = subprocess.run(
+        ["qemu-io", "--image-opts", *(word for c in commands for word in ("-c", c)), options],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "failed" not in done.stdout, done.stdout
+    assert mount.facts()["guest"]["discard"][0] > 20
+    assert mount.end() == model.written
+    assert mount.live.read_bytes() == model.content
+
+
+def test_slow_disk(tmp_path: pathlib.Path, serve: Serve) -> None:
+    """On a backing that takes its time: marks come first, others are not held up, and everything lands."""
+    size = 4 << 20
+    delays = ["memory", str(size), "delay-write=700ms", "delay-read=5ms"]
+    with qemu.nbdkit(*delays, filters=["delay"]) as address:
+        with qemu.nbdfuse(address, tmp_path / "slow") as live, serve(live=live, threads=3) as it:
+            with opened(it.disk, os.O_RDWR | os.O_DIRECT) as disk:
+                writers = [
+                    threading.Thread(target=os.pwritev, args=[disk, [aligned(b"s" * PAGE)], at])
+                    for at in range(0, size, size // 8)
+                ]
+                for writer in writers:
+                    writer.start()
+                wait.until(lambda: len(it.written()) > 2, "writes are marked")
+                # The status has come while the first of them are still at work, and so does a read.
+                assert it.facts()["guest"]["write"][0] < len(writers)
+                for writer in writers:
+                    writer.join()
+                for at in range(0, size, size // 8):
+                    assert os.pread(disk, PAGE, at) == b"s" * PAGE
+            assert it.facts()["guest"]["write"][:3] == [8, 8 * PAGE, 0]
+            assert it.end() == {at // native.SEGMENT for at in range(0, size, size // 8)}
 
 
 def test_loop_device_discards_what_ext4_frees(mount: native.Native) -> None:

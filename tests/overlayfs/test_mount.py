@@ -216,8 +216,13 @@ def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
     """A write that has reached us lands whole, is marked, and is answered before the process ends."""
     with serve() as mount:
         mount.ask("close_gate", "before")
-        write = ["dd", "if=/dev/zero", f"of={mount.disk}", "bs=64K", "count=1", "seek=3"]
-        with subprocess.Popen([*write, "oflag=direct", "conv=notrunc", "status=none"]) as writer:
+        # The exit status is the write's: a close that follows may find the mount gone.
+        program = (
+            "import mmap, os, sys\n"
+            "disk = os.open(sys.argv[1], os.O_WRONLY | os.O_DIRECT)\n"
+            "os._exit(os.pwritev(disk, [mmap.mmap(-1, 65536)], 3 * 65536) != 65536)\n"
+        )
+        with subprocess.Popen([sys.executable, "-S", "-c", program, mount.disk]) as writer:
             try:
                 mount.wait_until_waiting("before")
                 mount.process.send_signal(signal.SIGTERM)

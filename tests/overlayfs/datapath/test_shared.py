@@ -3,14 +3,13 @@
 
 import fcntl
 import os
-import pathlib
 import subprocess
 
 import numpy as np
 import pytest
 
 from overlayfs import recorder
-from overlayfs.datapath import shared
+from overlayfs.datapath import keeper, shared
 
 
 @pytest.fixture
@@ -18,9 +17,11 @@ def memory() -> shared.Memory:
     return shared.Memory.create(10_000_000, 65536, threads=2, max_write=131072, scan_length=5000)
 
 
-def test_layout_is_that_of_the_program(program: pathlib.Path) -> None:
+def test_layout_is_that_of_the_program() -> None:
     """Every field has one offset and one length, whoever reads it."""
-    said = subprocess.run([program, "--layout"], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [keeper.program(), "--layout"], check=True, capture_output=True, text=True
+    ).stdout
     assert said.splitlines() == shared.layout()
 
 

@@ -215,17 +215,6 @@ class NativeDatapath:
         self.memory.close()
 
 
-def _ends(connection: socket.socket, patience: float) -> bool:
-    """Return whether the other end closes a connection within `patience` seconds; OSError if it is dead."""
-    connection.settimeout(patience)
-    try:
-        while connection.recv(64):
-            pass
-    except TimeoutError:
-        return False
-    return True
-
-
 def _open_direct(live: int, *, read_only: bool) -> int:
     """Open the same disk once more, around the page cache; raises NativeUnavailable."""
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC

@@ -16,6 +16,7 @@ from tests import builds
 from tests.overlayfs import mounted
 
 python_only = pytest.mark.parametrize("datapath", ["python"], indirect=True)
+in_python = pytest.mark.parametrize("datapath", ["python", "forward"], indirect=True)
 # For what is said of the image: where it is a file, the native program's calls go past all gates.
 gated = pytest.mark.parametrize("datapath", ["python", "forward", "stacked"], indirect=True)
 

@@ -9,6 +9,7 @@ SIGTERM does.
 
 import contextlib
 import errno
+import inspect
 import json
 import logging
 import mmap
@@ -312,7 +313,8 @@ class Server:
             for line in lines:
                 name, *arguments = json.loads(line)
                 handler: Callable[..., Any] = getattr(self, f"do_{name}")
-                say({"answer": handler(nursery, *arguments)})
+                answer = handler(nursery, *arguments)
+                say({"answer": await answer if inspect.isawaitable(answer) else answer})
         nursery.cancel_scope.cancel()
 
     # What a test may ask
@@ -349,8 +351,8 @@ class Server:
             },
         }
 
-    def do_swap(self, _: trio.Nursery) -> list[int]:
-        taken = self.recorder.swap()
+    async def do_swap(self, _: trio.Nursery) -> list[int]:
+        taken = await self.path.swap()
         return [first + i for first, count in taken.runs() for i in range(count)]
 
     def do_drain(self, nursery: trio.Nursery) -> None:
@@ -399,11 +401,12 @@ class NativeServer(Server):
     def _path(self, image: Any, granularity: int) -> datapath.Datapath:
         # A socket's path is short; a test's folder need not be.
         self.folder = tempfile.TemporaryDirectory(prefix="posthoc-")
+        self.socket = pathlib.Path(self.folder.name, "keeper")
         path = FailingNative.create(
             image.fd,
             image.size,
             granularity,
-            pathlib.Path(self.folder.name, "keeper"),
+            self.socket,
             read_only=self.read_only,
             threads=self.config.get("threads"),
         )
@@ -417,14 +420,15 @@ class NativeServer(Server):
         # What it recorded lies in memory that ends with it.
         pathlib.Path(self.config["record"]).write_bytes(self.recorder.written.data.tobytes())
 
-    def do_commit(self, _: trio.Nursery) -> None:
-        self.path.commit()
+    async def do_commit(self, _: trio.Nursery) -> None:
+        await self.path.commit()
 
     def do_taken(self, _: trio.Nursery) -> list[int]:
         return [first + i for first, count in self.path.memory.taken.runs() for i in range(count)]
 
-    def do_pids(self, _: trio.Nursery) -> list[int]:
-        return [*self.path.pids(), self.path.memory.header.standby_pid]
+    def do_pids(self, _nursery: trio.Nursery) -> list[int]:
+        keeping, serving, _ = map(int, keeper.ask(self.socket, "pids").split())
+        return [keeping, serving, self.path.memory.header.standby_pid]
 
     def do_written(self, _: trio.Nursery) -> list[int]:
         return [first + i for first, count in self.recorder.written.runs() for i in range(count)]

@@ -11,7 +11,7 @@ import pytest
 
 from tests import wait
 from tests.overlayfs import conftest, mounted, serve
-from tests.overlayfs.conftest import gated
+from tests.overlayfs.conftest import in_python
 
 NAMES = {"disk": 2, "status": 3, "dirty.qcow2": 5, "control": 6}
 
@@ -241,7 +241,7 @@ def test_a_bug_in_a_handler_is_logged_once_and_the_mount_goes_on(mount: mounted.
 # While the guest is busy
 
 
-@gated
+@in_python
 def test_status_answers_while_every_thread_is_stuck(mount: mounted.Mounted) -> None:
     """Requests that hang, more than there are threads, delay no status, no control and no listing."""
     mount.ask("close_gate", "read")

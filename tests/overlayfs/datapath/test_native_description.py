@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlayfs.datapath import native, shared
+from overlayfs.datapath import keeper, kept, native, shared
 from tests.overlayfs.datapath import conftest
 
 Serve = conftest.Serve
@@ -21,7 +21,10 @@ def path_of(
 ) -> Iterator[native.NativeDatapath]:
     """A data path whose server has had an INIT request of a kernel like that."""
     memory = shared.Memory.create(1 << 20, 65536, threads=2, max_write=131072)
-    path = native.NativeDatapath(memory, pathlib.Path("unused"), pathlib.Path("unused"), None)
+    unused = pathlib.Path("unused")
+    descriptors = keeper.Descriptors(memory.fd, *keeper.pair(4096))
+    mount = kept.KeptMount(memory, descriptors, unused, program=unused)
+    path = native.NativeDatapath(memory, mount, -1)
     init = struct.pack("<40x4I", 7, minor, 0, flags & 0xFFFF_FFFF)
     memory.header.init[: len(init)] = init
     memory.header.init_length = len(init)

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     return end.exit_code
 
 
+_LOST = "the disk has what was written, the map is lost"
 _UNKNOWN = (
     "{where} is unmounted; the session, of user {owner}, keeps its files where they are not found from here: "
     "whether it has ended, and written its map, is not known"
@@ -64,9 +65,7 @@ _UNKNOWN = (
 def _end(folder: state.Folder) -> state.End:
     """Wait for the session and return how it ended."""
     folder.wait_for_end()
-    end = folder.end() or state.End(
-        exits.MISTAKE, "its session had died before: the disk has what was written, the map is lost"
-    )
+    end = folder.end() or state.End(exits.MISTAKE, f"its session had died before: {_LOST}")
     if end.exit_code == exits.DONE:
         folder.discard()
     return end
@@ -76,6 +75,9 @@ def _why_none(where: str) -> str:
     folder = state.find(where, os.geteuid())
     if folder is not None and folder.is_served():
         return "is unmounted already, and its session ends when the files that are open are closed"
+    if folder is not None and folder.log.exists() and folder.end() is None:
+        # Where the session serves the disk, the keeper takes the mount away after it.
+        return f"is not mounted any more, its session has died: {_LOST}"
     return "no posthoc is mounted here"
 
 

@@ -145,7 +145,7 @@ def test_progress_bar_on_a_terminal(tmp_path: pathlib.Path) -> None:
     """One bar at a time, for each disk, on stderr only; results are not mixed with it."""
     first, second = (attaching.pair(tmp_path, node=name) for name in ("disk0", "disk1"))
     with running.running(first.live, second.live) as vm:
-        words = ("attach", "--qmp", vm.qmp, "--json", "--rate", "64M", "--directory", vm.folder)
+        words = ("attach", "--qmp", vm.qmp, "--json", "--rate", "16M", "--directory", vm.folder)
         wishes = [f"--disk={disks.live.node}={disks.reference}:b" for disks in (first, second)]
         ours, theirs = pty.openpty()
         with subprocess.Popen(

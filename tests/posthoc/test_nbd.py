@@ -68,7 +68,8 @@ def test_relative_names_are_good_for_a_reconnection(
 def test_connections_are_as_many_as_were_asked_for(
     tmp_path: Path, folder: Path, connections: str
 ) -> None:
-    live, reference = images.pair(tmp_path, changed=[5])
+    # A chunk for every thread.
+    live, reference = images.pair(tmp_path, 64 * MIB, changed=[5])
     log = tmp_path / "log"
     with nbdkit.Server(folder, "--filter=log", "file", reference, f"logfile={log}") as server:
         options = ["--connections", connections, "--workers", "8", "--read-all"]

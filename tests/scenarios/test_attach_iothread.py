@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dirtymap.images import nbd
+from tests import wait
 from tests.posthoc.qemu import running
 from tests.scenarios import attaching
 
@@ -31,6 +32,13 @@ class Stopper:
         if not self.stopped:
             self.stopped = True
             os.kill(self.vm.pid, signal.SIGSTOP)
+            # A thread on another processor goes on for a moment, and might answer what is asked next.
+            wait.until(self._is_still, "every thread of QEMU has stopped")
+
+    def _is_still(self) -> bool:
+        tasks = pathlib.Path(f"/proc/{self.vm.pid}/task").iterdir()
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+        return set(states) == {"T"}
 
     def go_on(self) -> None:
         self.gave_up = True

@@ -79,9 +79,9 @@ def test_a_killed_session_is_replaced_and_goes_on(tmp_path: Path, mountpoint: Pa
 
 
 def test_a_scan_goes_on_where_its_session_died(tmp_path: Path, mountpoint: Path) -> None:
-    live, reference = images.pair(tmp_path, 8 * MIB, changed=[3])
+    live, reference = images.pair(tmp_path, 64 * MIB, changed=[3])
     with command.mounted(live, reference, mountpoint, "--datapath", "native", "--paused") as mount:
-        command.control(mount, "rate 4M")
+        command.control(mount, "rate 8M")
         command.control(mount, "resume")
         wait.until(lambda: command.status(mount)["scanned"] >= 2 * MIB, "a part is scanned")
         command.control(mount, "pause")

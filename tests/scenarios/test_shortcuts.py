@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from dirtymap import images
+from dirtymap.images import same
 from scanner import plan, priority, progress, scan
 from tests import oracle, qemu
 
@@ -105,7 +106,7 @@ def test_chains_over_one_backing_file(tmp_path: Path, shape: str) -> None:
         qemu.create(reference, SIZE, "qcow2", backing=below, options="cluster_size=4k")
         scatter(reference, chosen, 12)
     expected = oracle.differing(raw(live), raw(reference), GRANULARITY)
-    check(f"qcow2:{live}", f"qcow2:{reference}", expected, plan.BACKING)
+    check(f"qcow2:{live}", f"qcow2:{reference}", expected, same.BACKING)
 
 
 # -- reflinks ----------------------------------------------------------------------------------
@@ -140,4 +141,4 @@ def test_reflinked_files(reflinks: Path, seed: int) -> None:
         start = chosen.randrange(SIZE // 4096 - 30) * 4096
         qemu.run("fallocate", "--punch-hole", "-o", str(start), "-l", str(20 * 4096), path)
     expected = oracle.differing(live, reference, GRANULARITY)
-    check(str(live), str(reference), expected, plan.REFLINKS)
+    check(str(live), str(reference), expected, same.REFLINKS)

@@ -171,9 +171,16 @@ class Session:
 
     async def _watching_output(self) -> None:
         """See to it that the map on disk never says too little for longer than a moment."""
+        before = None
         while True:
             await trio.sleep(_LOOK)
-            await trio.to_thread.run_sync(self._output.check, self.map)
+            guest = self._way.recorder.statistics()
+            # Only when there may be something new: making the map takes 20 ms for each 32 MiB of bits. A write
+            # has its bits before it is counted; until then it is under way.
+            now = (guest.write.operations, guest.discard.operations, self._scan.state)
+            if now != before or self._way.recorder.depth:
+                await trio.to_thread.run_sync(self._output.check, self.map)
+            before = now
 
     def _log_scan(self) -> None:
         now = self._scan.statistics()

@@ -172,8 +172,11 @@ def find(mountpoint: str, owner: int) -> Folder | None:
     Root may look for another user's, and a user for what was mounted with another XDG_RUNTIME_DIR. A folder that
     tells of an end belongs to an earlier session: whoever begins removes that. None where there is nothing.
     """
-    folders = [Folder(mountpoint, root) for root in _roots(owner)]
-    ours = [folder for folder in folders if _is_private(folder.path, owner)]
+    ours = []
+    for folder in (Folder(mountpoint, root) for root in _roots(owner)):
+        with contextlib.suppress(OSError):
+            if _is_private(folder.path, owner):
+                ours.append(folder)
     dead = [folder for folder in ours if folder.end() is None]
     return next(iter([*filter(Folder.is_served, ours), *dead]), None)
 
@@ -193,10 +196,8 @@ def _roots(owner: int) -> list[Path]:
 
 
 def _is_private(folder: Path, owner: int) -> bool:
-    try:
-        status = folder.lstat()
-    except OSError:
-        return False
+    """Return whether the folder is `owner`'s alone; raises OSError where it is not there."""
+    status = folder.lstat()
     private = stat.S_ISDIR(status.st_mode) and status.st_uid == owner
     return private and not stat.S_IMODE(status.st_mode) & 0o077
 

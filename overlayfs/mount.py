@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,10 +61,10 @@ async def serve(
     resolved = mountpoint.resolve(where) if adopted else mountpoint.check(where)
     if not adopted:
         _check_fuse(options)
-    with _device(files, path, resolved, options) as mine:
+    with _device(files, path, resolved, options, adopted=adopted) as mine:
         left = False
         try:
-            await _serve(path, mine, task_status)
+            await _serve(path, mine, task_status, adopted=adopted)
         except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 (raised again)
             alone = _alone(error)
             left = isinstance(alone, Exception) and (adopted or mine.ready) and path.leave()
@@ -75,8 +75,10 @@ async def serve(
             pyfuse3.close(unmount=False)
             with trio.CancelScope(shield=True):
                 if not left:
+                    await trio.to_thread.run_sync(path.close_device)
                     await mine.remove()
-                await mine.reap()
+                    await mine.reap()
+                # Else the child that asked may wait for the next session, which waits for this one's end.
 
 
 def _alone(error: BaseException) -> BaseException:
@@ -128,7 +130,12 @@ class _Mounted:
 
 @contextmanager
 def _device(
-    files: filesystem.Filesystem, path: datapath.Datapath, where: str, options: MountOptions
+    files: filesystem.Filesystem,
+    path: datapath.Datapath,
+    where: str,
+    options: MountOptions,
+    *,
+    adopted: bool,
 ) -> Iterator[_Mounted]:
     """Mount; the data path's device is closed at the end, pyfuse3's session by the caller."""
     device = path.open_device(where, options)
@@ -137,6 +144,9 @@ def _device(
             pyfuse3.init(files, device, _fuse_options(options))
         except RuntimeError:
             pyfuse3.close(unmount=False)
+            if adopted:
+                path.leave()
+                raise keeper.NativeUnavailable("libfuse does not take its descriptor") from None
             if device != where:
                 kernel.unmount(where)
                 raise keeper.NativeUnavailable("libfuse does not take its descriptor") from None
@@ -180,13 +190,20 @@ def _others_allowed() -> bool:
 
 
 async def _serve(
-    path: datapath.Datapath, mine: _Mounted, task_status: trio.TaskStatus[str]
+    path: datapath.Datapath,
+    mine: _Mounted,
+    task_status: trio.TaskStatus[str],
+    *,
+    adopted: bool,
 ) -> None:
-    """Serve until unmounted or cancelled; unmounted when it returns, unless the service broke."""
+    """Serve until unmounted or cancelled; unmounted when it returns, unless the service broke.
+
+    A mount that was adopted and does not answer is left: whoever comes next may do better.
+    """
     answered: str | None = None
     async with trio.open_nursery() as nursery:
         over = trio.Event()
-        await nursery.start(_service, path, over)
+        await nursery.start(_service, path, over, lambda: adopted or mine.ready)
         try:
             answered = await mine.ask()
             if answered is None:
@@ -197,7 +214,8 @@ async def _serve(
         finally:
             if not over.is_set():
                 with trio.CancelScope(shield=True):
-                    await mine.remove()
+                    if not (adopted and answered is not None and path.leave()):
+                        await mine.remove()
                 # A copy of the mount in another namespace, or open files, keep the kernel's side alive.
                 pyfuse3.terminate()
     if answered is not None:
@@ -205,15 +223,27 @@ async def _serve(
 
 
 async def _service(
-    path: datapath.Datapath, over: trio.Event, *, task_status: trio.TaskStatus[None]
+    path: datapath.Datapath,
+    over: trio.Event,
+    stands: Callable[[], bool],
+    *,
+    task_status: trio.TaskStatus[None],
 ) -> None:
-    """Run pyfuse3 and the data path until pyfuse3 ends, out of reach of a cancel from outside."""
+    """Run pyfuse3 and the data path until pyfuse3 ends, out of reach of a cancel from outside.
+
+    Where the mount `stands`, an error of pyfuse3's leaves it: before the data path is cancelled, which ends it.
+    """
     try:
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
                 await nursery.start(path.run)
                 task_status.started()
-                await pyfuse3.main(_IDLE_TASKS, _MOST_TASKS)
+                try:
+                    await pyfuse3.main(_IDLE_TASKS, _MOST_TASKS)
+                except Exception:
+                    if stands():
+                        path.leave()
+                    raise
                 nursery.cancel_scope.cancel()
     finally:
         over.set()

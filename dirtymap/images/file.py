@@ -103,7 +103,7 @@ class FileImage:
     def present(self) -> int:
         """Return how many of the `size` bytes there are now: fewer where the file was cut off meanwhile.
 
-        None where that cannot be told.
+        0 where that cannot be told.
         """
         try:
             return min(self.size, os.lseek(self.fd, 0, os.SEEK_END))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from dirtymap import bitmap
+from dirtymap import bitmap, units
 from dirtymap.images import base
 from overlayfs import datapath, mountpoint, recorder
 from overlayfs.datapath import keeper, kept, python, shared
@@ -93,10 +93,10 @@ class ForwardDatapath:
         """
         program = keeper.program()
         ends = keeper.pair(socket_buffer)
-        # The bitmaps in this memory stay empty, and empty pages of it take no space.
+        # The bitmaps in this memory are nobody's here: as small as they can be.
         memory = shared.Memory.create(
             image.size,
-            record.written.granularity,
+            units.LARGEST_GRANULARITY,
             threads=_READERS,
             max_write=min(_MAX_WRITE, keeper.room(ends[0])),
         )

@@ -137,8 +137,12 @@ class KeptMount:
             time.sleep(0.001)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Replace a keeper that dies; end pyfuse3 when the mount is gone. Ends the server when cancelled."""
+        """Replace a keeper that dies; end pyfuse3 when the mount is gone. Ends the server when cancelled.
+
+        After an error of its own the mount is as it was: `leave` or `close` it.
+        """
         task_status.started()
+        broken = False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch)
@@ -146,10 +150,14 @@ class KeptMount:
                     await trio.to_thread.run_sync(self._replace_keeper)
                 pyfuse3.terminate()
                 await trio.sleep_forever()
+        except Exception:
+            broken = True
+            raise
         finally:
-            # With it ends the connection, and with that whatever still waits for an answer.
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.close)
+            if not broken:
+                # With it ends the connection, and with that whatever still waits for an answer.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self.close)
 
     async def _watch(self) -> None:
         """See what a keeper cannot tell: that INIT is not answered, or that the mount is gone and the keeper stuck.
@@ -221,16 +229,8 @@ class KeptMount:
 
     def _resumed(self) -> bool:
         """Connect to the standby that has become the keeper; False where nobody is left to become it."""
-        header = self._memory.header
         while True:
-            # In this order: a standby that takes over is the keeper before it has a standby of its own.
-            lives = any(
-                keeper.is_alive(pid, start)
-                for pid, start in (
-                    (header.standby_pid, header.standby_start),
-                    (header.keeper_pid, header.keeper_start),
-                )
-            )
+            lives = self._is_kept()
             connection = keeper.resume(self._path)
             if connection is not None:
                 self._connection = connection
@@ -238,6 +238,18 @@ class KeptMount:
             if not lives:
                 return False
             time.sleep(_PAUSE)
+
+    def _is_kept(self) -> bool:
+        """Return whether there is a keeper, or a standby that is about to become it."""
+        header = self._memory.header
+        # In this order: a standby that takes over is the keeper before it has a standby of its own.
+        return any(
+            keeper.is_alive(pid, start)
+            for pid, start in (
+                (header.standby_pid, header.standby_start),
+                (header.keeper_pid, header.keeper_start),
+            )
+        )
 
     def _keeper_stands(self) -> bool:
         """Wait until the keeper that was started keeps, or is dead."""
@@ -267,8 +279,7 @@ class KeptMount:
 
     def leave(self) -> bool:
         """Leave the disk being served to the next session; False where nobody would start one or serve it."""
-        header = self._memory.header
-        self._left = not header.ending and keeper.is_alive(header.keeper_pid, header.keeper_start)
+        self._left = not self._memory.header.ending and self._is_kept()
         return self._left
 
     def close(self) -> None:

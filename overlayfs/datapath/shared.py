@@ -6,7 +6,7 @@
 A memfd of fixed size, sealed against any other. Whoever holds a descriptor of it holds all that must
 outlive a process: the session, the keeper, its standby and the server are each replaced without it. Numbers are
 64-bit words that C writes atomically; this side reads them at any time and writes only what is not
-being served yet, and `restart` and `session`.
+being served yet, `restart`, `session`, and that all is `ending`.
 """
 
 from __future__ import annotations

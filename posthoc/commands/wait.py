@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         code = exits.READ_ERROR
     if facts["output_failure"]:
-        print(f"posthoc: the map is not written: {facts['output_failure']}", file=sys.stderr)
+        print(f"posthoc: the map is not safely written: {facts['output_failure']}", file=sys.stderr)
         code = exits.MISTAKE
     return code
 

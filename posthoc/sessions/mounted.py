@@ -17,11 +17,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from dirtymap import errors, state
+from dirtymap import bitmap, errors, state
 from dirtymap.images import file, loop
 from overlayfs.datapath import native
 from posthoc import background, exits, report
-from posthoc.sessions import pair, ways
+from posthoc.sessions import output, pair, ways
 from posthoc.sessions.parameters import Parameters
 from posthoc.sessions.session import Session
 
@@ -135,6 +135,11 @@ async def _adopt(folder: state.Folder, ready: Ready) -> state.End:
     with ways.adopt_native(folder) as way:
         legacy, is_same = ways.inherited(ways.Legacy.restored(way.session))
         parameters = legacy.parameters
+        # At once: the guest has been writing without a session, and the reference may take long to open.
+        everything = bitmap.Bitmap(way.memory.size, parameters.granularity)
+        everything.fill()
+        marked = output.Output(parameters.output, parameters.bitmap)
+        await trio.to_thread.run_sync(marked.begin, everything)
         live = file.FileImage(
             parameters.live,
             os.dup(way.live),

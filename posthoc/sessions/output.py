@@ -33,12 +33,17 @@ class Output:
         # What the file says, as long as that is all there is to say; guarded, with the file, by the lock.
         self._said: bitmap.Bitmap | None = None
         self._condition = "not written yet"
+        # The file of ours that stands there, if it does: no other is ever removed.
+        self._ours: tuple[int, int] | None = None
         self._lock = threading.Lock()
 
     def begin(self, dirty: bitmap.Bitmap) -> None:
         """Replace what stands there from former times by a map that is in use; nothing is made of nothing."""
         if self._path is not None and os.path.lexists(self._path):
             with self._lock:
+                with contextlib.suppress(errors.UserError, OSError):
+                    carrier.check_target(self._path)
+                    self._ours = _identity(self._path)
                 self._mark(self._path, dirty)
 
     def write(self, dirty: bitmap.Bitmap) -> None:
@@ -79,13 +84,16 @@ class Output:
             log.error("the map is not safely written: %s", self.failure)
             return False
         self.failure = None
+        self._ours = _identity(path)
         return True
 
     def _remove(self, path: str) -> None:
         self._said = None
         with contextlib.suppress(OSError):
-            os.unlink(path)
-            log.error("the map that says too little is removed path=%s", path)
+            # Not what somebody has put in its place, nor the next map, which may be there and only not be synced.
+            if _identity(path) == self._ours:
+                os.unlink(path)
+                log.error("the map that says too little is removed path=%s", path)
 
     @property
     def state(self) -> str | None:
@@ -95,3 +103,12 @@ class Output:
         if self.failure:
             return f"failed: {self.failure}"
         return f"{self._path} ({self._condition})"
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return what tells a file from another of its name; None where there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -102,8 +102,10 @@ class Session:
             try:
                 await self._serve(ready)
             except BaseException:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._output.check, self.map)
+                if self.was_ready:
+                    # The disk may go on being served, and written to, without this session.
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._output.begin, self.map())
                 raise
             # Unmounted: no write can come any more. A signal now asks for what is being done.
             with trio.CancelScope(shield=True):
@@ -113,7 +115,13 @@ class Session:
 
     async def _serve(self, ready: Callable[[report.Facts], None]) -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._mounted, nursery.cancel_scope)
+            try:
+                await nursery.start(self._mounted, nursery.cancel_scope)
+            except RuntimeError:
+                if self._unmount.cancel_called:
+                    # By a signal, before there was anything to unmount: trio's word for a start that was given up.
+                    raise KeyboardInterrupt from None
+                raise
             for note in self._notes:
                 log.info("%s", note)
             await trio.to_thread.run_sync(self._output.begin, self.map())
@@ -163,6 +171,8 @@ class Session:
                 if self._scan.statistics().state == progress.COMPLETE:
                     dirty = await trio.to_thread.run_sync(self.map)
                     await trio.to_thread.run_sync(self._output.write, dirty)
+                    # What was written in between may be looked at by nobody else.
+                    await trio.to_thread.run_sync(self._output.check, self.map)
             except Exception as error:  # noqa: BLE001 (kept, told in status and at the end)
                 self._bug = error
                 log.error("the scan failed:\n%s", "".join(traceback.format_exception(error)))
@@ -179,7 +189,11 @@ class Session:
             # has its bits before it is counted; until then it is under way.
             now = (guest.write.operations, guest.discard.operations, self._scan.state)
             if now != before or self._way.recorder.depth:
-                await trio.to_thread.run_sync(self._output.check, self.map)
+                try:
+                    await trio.to_thread.run_sync(self._output.check, self.map)
+                except Exception as error:  # noqa: BLE001 (kept, as a scan's; the guest is first)
+                    self._bug = error
+                    log.error("the map on disk is not looked at: %r", error)
             before = now
 
     def _log_scan(self) -> None:

@@ -74,6 +74,45 @@ def test_a_libfuse_that_takes_no_descriptor(tmp_path: Path, mountpoint: Path) ->
     falls_back(tmp_path, mountpoint, "libfuse does not take its descriptor", env)
 
 
+def test_a_bug_in_a_session_leaves_the_disk_to_the_next(tmp_path: Path, mountpoint: Path) -> None:
+    """pyfuse3's loop breaks while a guest writes: no error, nothing forgotten, another session answers."""
+    hook, bug = tmp_path / "hook", tmp_path / "bug"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if '--ready-fd' in sys.argv or '--adopt' in sys.argv:\n"
+        "    import pyfuse3, trio\n"
+        "    main = pyfuse3.main\n"
+        "    async def watch():\n"
+        f"        while not os.path.exists({str(bug)!r}):\n"
+        "            await trio.sleep(0.01)\n"
+        f"        os.unlink({str(bug)!r})\n"
+        "        raise RuntimeError('a bug')\n"
+        "    async def breaking(*arguments):\n"
+        "        async with trio.open_nursery() as nursery:\n"
+        "            nursery.start_soon(watch)\n"
+        "            await main(*arguments)\n"
+        "            nursery.cancel_scope.cancel()\n"
+        "    pyfuse3.main = breaking\n"
+    )
+    live, reference = images.pair(tmp_path, changed=[3])
+    output = tmp_path / "map.qcow2"
+    command.posthoc(
+        *("mount", "--datapath", "native", "--output", output, live, reference, mountpoint),
+        env={"PYTHONPATH": f"{hook}:{command.ROOT}"},
+    )
+    first = command.until_state(mountpoint, "complete")["pid"]
+    with open(mountpoint / "disk", "r+b", buffering=0) as disk:
+        for segment in (10, 20):
+            bug.touch()
+            wait.until(lambda: not bug.exists(), "the session has met its bug")
+            os.pwrite(disk.fileno(), b"goes on", segment * SEGMENT)
+        os.fsync(disk.fileno())
+    assert command.until_state(mountpoint, "complete")["pid"] != first
+    command.posthoc("umount", mountpoint)
+    assert qemu.dirty_segments(output, SEGMENT) == {3, 10, 20}
+
+
 def test_who_asked_for_the_native_data_path_gets_no_other(tmp_path: Path, mountpoint: Path) -> None:
     live, reference = images.pair(tmp_path)
     env = {"POSTHOC_DATAPATH": "/nonexistent"}

@@ -270,7 +270,9 @@ def test_a_file_system_outlives_every_death(tmp_path: Path, mountpoint: Path) ->
                     if number % 6 == 5:
                         kill_session(mount)
                     assert syncing.wait(60) == 0
-                    wait.until(lambda: len(natives(mount)) == 2, "keeper and server are back")
+                    wait.until(
+                        lambda: len(natives(mount)) == 3, "keeper, standby and server are back"
+                    )
             qemu.fsck_ext4(device)
             with qemu.mounted(device, tmp_path / "inside", "ro") as inside:
                 assert all((inside / name).read_bytes() == files[name] for name in files)

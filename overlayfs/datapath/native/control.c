@@ -417,6 +417,7 @@ static void accept_answer(struct control *control, unsigned char *reply, size_t 
         copy->answer = packet_copy(reply, length);
         /* It is out of the socket: a server that comes after this one has to ask again. */
         row->sent = SENT_NOT;
+        row->deliveries--;
     } else {
         if (copy->resent)
             head->unique |= FUSE_UNIQUE_RESEND;

@@ -464,7 +464,9 @@ static void connect_session(struct keeper *keeper, int client)
 /* The session of a keeper that died comes back. False if `client` cannot be that. */
 static bool resume(struct keeper *keeper, int client)
 {
-    if (keeper->session >= 0 || !session_lives(keeper))
+    struct pollfd end = {.fd = client};
+    /* A client that has given up meanwhile would be taken for a session that has died. */
+    if (keeper->session >= 0 || !session_lives(keeper) || poll(&end, 1, 0) != 0)
         return false;
     connect_session(keeper, client);
     reply(client, "ok");
@@ -760,7 +762,9 @@ int keeper_main(struct environment *environment, int memory, int command, const 
         memset(&keeper.name, 0, sizeof keeper.name);
     succeed(&keeper);
     start_standby(&keeper);
-    if (atomic_load(&keeper.shared->servers) > 0 && !resend(&keeper))
+    if (atomic_load(&keeper.shared->ending))
+        finish(&keeper); /* asked to end when the one before died */
+    else if (atomic_load(&keeper.shared->servers) > 0 && !resend(&keeper))
         finish(&keeper);
     else
         start_server(&keeper);

@@ -65,7 +65,7 @@ def test_a_signal_leaves_nothing_half_written(
 
 def test_a_signal_takes_the_children_along(tmp_path: pathlib.Path) -> None:
     """A diff of a format has a qemu-nbd and a folder for its socket."""
-    live, reference = images.pair(tmp_path, changed=[1])
+    live, reference = images.pair(tmp_path, 32 << 20, changed=[1])
     image, temporary = tmp_path / "live.qcow2", pathlib.Path(tempfile.mkdtemp())
     qemu.convert(live, image, "qcow2")
     process = subprocess.Popen(

@@ -52,7 +52,10 @@ def test_a_map_that_cannot_be_written_is_told(
 ) -> None:
     told += [{"output_due": True}, {"output_failure": "No space left on device"}]
     assert waited() == exits.MISTAKE
-    assert capsys.readouterr().err == "posthoc: the map is not safely written: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == "posthoc: the map is not safely written: No space left on device\n"
+    )
 
 
 def test_a_cancelled_scan_has_no_map_to_wait_for(tmp_path: Path, mountpoint: Path) -> None:

@@ -50,6 +50,12 @@ def posthoc(
     return result
 
 
+def children(pid: int) -> list[int]:
+    """Return the children of all of a process's threads: each stands with the thread that made it."""
+    lists = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in lists for child in file.read_text().split()]
+
+
 def is_mounted(folder: Path) -> bool:
     """Return whether something is mounted exactly there; a dead mount counts too."""
     wanted = os.path.realpath(folder)

@@ -15,7 +15,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 
@@ -107,7 +107,7 @@ def estimate(
     *,
     samples: int = SAMPLES,
     seconds: float = SECONDS,
-    read_all: bool = False,
+    without: Collection[str] = (),
     seed: int | None = None,
     clock: Clock = time.monotonic,
 ) -> Estimate:
@@ -126,8 +126,8 @@ def estimate(
         reference,
         live.size,
         unit,
-        rules=() if read_all else same.rules(live, reference),
-        read_all=read_all,
+        rules=same.rules(live, reference),
+        without=without,
         clock=clock,
     )
     known, runs = _runs(planned, live.size, began + seconds / 3, clock)

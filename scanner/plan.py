@@ -15,8 +15,7 @@ A shortcut decides segments without reading them, or by reading one side only. W
 - further rules (dirtymap/images/same.py): each states its own reason, under the same condition.
 
 A segment is decided by a shortcut only where the promise covers all of it. Asking is bounded in time and in
-memory; what is not answered is read. `read_all` switches every shortcut off, the scan's own
-too.
+memory; what is not answered is read. Each can be switched off by its name.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from __future__ import annotations
 import enum
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dirtymap.images import base, same
@@ -96,7 +95,7 @@ class Plan:
     """The runs of one pass over what is undecided.
 
     `unit` is what runs are aligned to: the granularity, or a coarser multiple of it where the reference
-    knows only hashes of larger blocks. Not thread-safe.
+    knows only hashes of larger blocks. The shortcuts `without` are not taken. Not thread-safe.
     """
 
     def __init__(
@@ -107,14 +106,17 @@ class Plan:
         unit: int,
         *,
         rules: Sequence[same.Rule] = (),
-        read_all: bool = False,
+        without: Collection[str] = (),
         tuning: Tuning = TUNING,
         clock: Clock = time.monotonic,
     ) -> None:
         self._size = size
         self._unit = unit
-        self._rules = rules
-        self._read_all = read_all
+        self._rules = [rule for rule in rules if rule.reason not in without]
+        self._kinds = {
+            zeros: Kind.COMPARE if _SHORTCUTS.get(kind) in without else kind
+            for zeros, kind in _KINDS.items()
+        }
         self._tuning = tuning
         self._clock = clock
         self._sides = [Side(image, size, unit, clock) for image in (live, reference)]
@@ -146,13 +148,13 @@ class Plan:
                 start = end
 
     def _next_window(self, start: int, end: int) -> Iterator[Run]:
-        if self._read_all:
-            return iter([Run(start, end, Kind.COMPARE)])
         began = self._clock()
         stop = min(start + self._window, end)
-        live, stop = self._sides[0].zeros(start, stop)
-        reference, stop = self._sides[1].zeros(start, stop)
-        runs: Iterator[Run] = iter(_merge(start, stop, live, reference))
+        runs: Iterator[Run] = iter([Run(start, stop, Kind.COMPARE)])
+        if set(self._kinds.values()) != {Kind.COMPARE}:
+            live, stop = self._sides[0].zeros(start, stop)
+            reference, stop = self._sides[1].zeros(start, stop)
+            runs = iter(_merge(start, stop, live, reference, self._kinds))
         for rule in self._rules:
             runs = self._apply(rule, runs, start, stop)
         self._resize(self._clock() - began)
@@ -241,7 +243,13 @@ def _inward(ranges: Iterable[Range], unit: int, size: int) -> Iterator[Range]:
             yield first, last
 
 
-def _merge(start: int, stop: int, live: list[Range], reference: list[Range]) -> list[Run]:
+def _merge(
+    start: int,
+    stop: int,
+    live: list[Range],
+    reference: list[Range],
+    kinds: Mapping[tuple[bool, bool], Kind],
+) -> list[Run]:
     """Return the runs of [start, stop) from the zeros of both sides."""
     edges = {start, stop}
     for ranges in (live, reference):
@@ -254,7 +262,7 @@ def _merge(start: int, stop: int, live: list[Range], reference: list[Range]) -> 
         at_live = _skip(live, at_live, first)
         at_reference = _skip(reference, at_reference, first)
         zero = (_covers(live, at_live, first), _covers(reference, at_reference, first))
-        kind = _KINDS[zero]
+        kind = kinds[zero]
         if runs and runs[-1].kind is kind:
             runs[-1] = replace(runs[-1], end=last)
         else:
@@ -269,6 +277,8 @@ _KINDS = {
     (False, True): Kind.LIVE,
     (False, False): Kind.COMPARE,
 }
+
+_SHORTCUTS = {Kind.EQUAL: ZEROS, Kind.LIVE: ONE_SIDE, Kind.REFERENCE: ONE_SIDE}
 
 
 def _skip(ranges: list[Range], at: int, position: int) -> int:

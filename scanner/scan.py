@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from dirtymap import bitmap
 from dirtymap.images import base, same
@@ -35,7 +35,8 @@ class Scan:
 
     `written` returns the write bitmap as it stands (any thread may ask), of the same geometry; whoever
     makes a map of these decisions ORs everything written since before run(). The map's size, that of
-    `decision`, is the live image's. `rules` replaces what same.rules() says of the pair.
+    `decision`, is the live image's. `rules` replaces what same.rules() says of the pair; the shortcuts
+    `without` (of plan.REASONS) are not taken.
 
     The controls are for the event loop's thread and take effect within one chunk.
     """
@@ -50,7 +51,7 @@ class Scan:
         workers: int = WORKERS,
         rate: int | None = None,
         paused: bool = False,
-        read_all: bool = False,
+        without: Collection[str] = (),
         courtesy: pace.Courtesy | None = None,
         rules: Sequence[same.Rule] | None = None,
         tuning: plan.Tuning = plan.TUNING,
@@ -58,7 +59,7 @@ class Scan:
     ) -> None:
         self._live, self._reference, self.decisions = live, reference, decision
         self._written = written
-        self._read_all = read_all
+        self._without = frozenset(without)
         self._rules = same.rules(live, reference) if rules is None else rules
         self._tuning = tuning
         self._clock = clock
@@ -175,7 +176,7 @@ class Scan:
             self.decisions.size,
             self._unit,
             rules=self._rules,
-            read_all=self._read_all,
+            without=self._without,
             tuning=self._tuning,
         )
         self._chunks = pass_plan.chunks(self.decisions.undecided())
@@ -262,7 +263,7 @@ class Scan:
     def _unwritten(self, chunk: plan.Run) -> list[plan.Range]:
         """Return the parts of a chunk to read: not what the write bitmap has, which is dirty anyway.
 
-        With `read_all` the whole of it: whoever asks for that wants both disks read.
+        Without that shortcut the whole of it: whoever asks for that wants both disks read.
         """
         whole = [(chunk.start, chunk.end)]
         if self._written is None:
@@ -272,7 +273,7 @@ class Scan:
         written = self._written()
         if (written.size, written.granularity) != (self.decisions.size, granularity):
             raise ValueError(f"{written!r} is no write bitmap of this disk")
-        if self._read_all or not written.any(first, count):
+        if plan.WRITTEN in self._without or not written.any(first, count):
             return whole
         mask = written.unpack(first, count)
         self.decisions.written(first, mask)

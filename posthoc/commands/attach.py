@@ -159,7 +159,7 @@ def request(arguments: argparse.Namespace) -> examined.Request:
         reference_side_only=arguments.reference_side_only,
         rate=arguments.rate,
         workers=arguments.workers,
-        read_all=arguments.read_all,
+        without=options.without(arguments),
         allow_shrunk=arguments.allow_shrunk,
         directory=arguments.directory,
         nbd_server=arguments.nbd_server,

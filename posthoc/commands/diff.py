@@ -65,7 +65,7 @@ def request(arguments: argparse.Namespace) -> offline.Request:
         granularity=arguments.granularity,
         rate=arguments.rate,
         workers=arguments.workers,
-        read_all=arguments.read_all,
+        without=options.without(arguments),
         allow_shrunk=arguments.allow_shrunk,
         options=options.image_options(arguments),
     )

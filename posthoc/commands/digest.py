@@ -12,7 +12,7 @@ from dirtymap.images import base, digest
 from posthoc import bar, exits, report
 from posthoc.commands import diff, options
 from posthoc.sessions import control, offline, pair
-from scanner import scan
+from scanner import plan, scan
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -106,7 +106,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         live=arguments.image,
         reference=arguments.verify,
         workers=arguments.workers,
-        read_all=arguments.read_all,
+        without=plan.REASONS if arguments.read_all else (),
         allow_shrunk=True,
         options=options.image_options(arguments),
     )

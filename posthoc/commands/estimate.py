@@ -55,9 +55,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help="what the backup's storage takes a second (as much as LIVE gives)",
     )
-    parser.add_argument(
-        "--read-all", action="store_true", help="trust no extent map: sample all of the disk"
-    )
+    options.shortcuts(parser)
     parser.add_argument(
         "--allow-shrunk",
         action="store_true",
@@ -90,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             granularity,
             samples=arguments.samples,
             seconds=arguments.seconds,
-            read_all=arguments.read_all,
+            without=options.without(arguments),
         )
     facts = _facts(arguments, found)
     if arguments.json:

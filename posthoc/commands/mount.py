@@ -155,7 +155,7 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
         allow_other=arguments.allow_other,
         read_only=arguments.read_only,
         allow_shrunk=arguments.allow_shrunk,
-        read_all=arguments.read_all,
+        without=options.without(arguments),
         options=options.image_options(arguments),
     )
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from dirtymap import errors, images, units
 from posthoc.sessions import control
+from scanner import plan
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def bitmap(parser: argparse.ArgumentParser) -> None:
 
 
 def scan(parser: argparse.ArgumentParser) -> None:
-    """Add how a scan works: --rate, --workers, --read-all, --allow-shrunk."""
+    """Add how a scan works: --rate, --workers, `shortcuts`, --allow-shrunk."""
     parser.add_argument(
         "--rate",
         type=checked(control.positive_rate, "rate"),
@@ -75,16 +76,34 @@ def scan(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that read and compare (2)",
     )
+    shortcuts(parser)
+    parser.add_argument(
+        "--allow-shrunk",
+        action="store_true",
+        help="compare a live disk that is shorter than the reference",
+    )
+
+
+def shortcuts(parser: argparse.ArgumentParser) -> None:
+    """Add which ways of not reading are left out: --read-all, --without."""
     parser.add_argument(
         "--read-all",
         action="store_true",
         help="read and compare everything: trust no extent map, leave nothing out",
     )
     parser.add_argument(
-        "--allow-shrunk",
-        action="store_true",
-        help="compare a live disk that is shorter than the reference",
+        "--without",
+        action="append",
+        default=[],
+        choices=plan.REASONS,
+        metavar="SHORTCUT",
+        help=f"read what this one would save: {', '.join(plan.REASONS)} (may be repeated)",
     )
+
+
+def without(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of the shortcuts that `shortcuts` has parsed."""
+    return plan.REASONS if arguments.read_all else tuple(arguments.without)
 
 
 def access(parser: argparse.ArgumentParser) -> None:

@@ -265,7 +265,7 @@ class Session:
             decisions,
             workers=self.request.workers,
             rate=self.request.rate,
-            read_all=self.request.read_all,
+            without=self.request.without,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look, disk, scanned)

@@ -46,7 +46,7 @@ class Request:
     reference_side_only: bool = False
     rate: int | None = None
     workers: int = scan.WORKERS
-    read_all: bool = False
+    without: tuple[str, ...] = ()
     allow_shrunk: bool = False
     directory: str | None = None
     nbd_server: str | None = None

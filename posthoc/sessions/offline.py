@@ -30,7 +30,7 @@ class Request:
     granularity: int | None = None
     rate: int | None = None
     workers: int = scan.WORKERS
-    read_all: bool = False
+    without: tuple[str, ...] = ()
     allow_shrunk: bool = False
     options: images.Options = images.DEFAULTS
 
@@ -67,7 +67,7 @@ def compare(request: Request, *, watch: Watch | None = None, check: Check | None
             decisions,
             workers=request.workers,
             rate=request.rate,
-            read_all=request.read_all,
+            without=request.without,
         )
         trio.run(_run, scanned, watch)
         return Result(decisions.map(), scanned.statistics(), opened.notes)

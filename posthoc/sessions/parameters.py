@@ -29,7 +29,7 @@ class Parameters:
     allow_other: bool = False
     read_only: bool = False
     allow_shrunk: bool = False
-    read_all: bool = False
+    without: tuple[str, ...] = ()
     datapath: str | None = None
     options: images.Options = field(default_factory=images.Options)
 
@@ -42,4 +42,5 @@ class Parameters:
         """Return what `stored` gave; TypeError where it is something else."""
         options = dict(facts["options"])
         options["secrets"] = tuple(options["secrets"])
-        return cls(**{**facts, "options": images.Options(**options)})
+        without = tuple(facts["without"])
+        return cls(**{**facts, "options": images.Options(**options), "without": without})

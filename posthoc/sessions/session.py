@@ -73,7 +73,7 @@ class Session:
             workers=parameters.workers,
             rate=parameters.rate,
             paused=parameters.paused,
-            read_all=parameters.read_all,
+            without=parameters.without,
             courtesy=self._courtesy,
         )
         if legacy.cancelled:

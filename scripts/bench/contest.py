@@ -6,7 +6,7 @@ import pathlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import trio
 
@@ -47,11 +47,15 @@ def cache(*paths: pathlib.Path) -> None:
 
 
 def scanned(
-    live: base.Image, reference: base.Image, *, read_all: bool = False, workers: int = scan.WORKERS
+    live: base.Image,
+    reference: base.Image,
+    *,
+    without: Collection[str] = (),
+    workers: int = scan.WORKERS,
 ) -> scan.Scan:
     """Scan the pair to its end."""
     decisions = scan.Decisions(live.size, units.DEFAULT_GRANULARITY)
-    work = scan.Scan(live, reference, decisions, read_all=read_all, workers=workers)
+    work = scan.Scan(live, reference, decisions, without=without, workers=workers)
     trio.run(work.run)
     assert decisions.complete
     return work

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -65,12 +65,12 @@ def cached(path: pathlib.Path) -> None:
 
 
 def posthoc(
-    live: str, reference: str, granularity: int, workers: int, read_all: bool = False
+    live: str, reference: str, granularity: int, workers: int, without: Collection[str] = ()
 ) -> None:
     ours, theirs = file.open_file(live), file.open_file(reference)
     try:
         decisions = scan.Decisions(ours.size, granularity)
-        trio.run(scan.Scan(ours, theirs, decisions, workers=workers, read_all=read_all).run)
+        trio.run(scan.Scan(ours, theirs, decisions, workers=workers, without=without).run)
         assert decisions.complete
     finally:
         ours.close()

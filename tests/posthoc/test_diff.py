@@ -89,6 +89,23 @@ def test_read_all_reads_what_is_a_hole(tmp_path: Path) -> None:
     assert (facts["skipped"], facts["scanned"]) == (0, 3 << 20)
 
 
+def test_one_shortcut_alone_is_switched_off(tmp_path: Path) -> None:
+    """--without says which; a name that is none is refused with those that are."""
+    live, reference = tmp_path / "live", tmp_path / "reference"
+    live.write_bytes(b"x" * 700_000)
+    for path in (live, reference):
+        path.touch()
+        os.truncate(path, 3 << 20)
+    usual = diff(live, reference, status=1)
+    assert usual["savings"]["zeros"] > 1 << 20
+    facts = diff(live, reference, "--without", "zeros", status=1)
+    assert facts["savings"]["zeros"] == 0
+    assert facts["savings"]["one-side"] == usual["savings"]["one-side"] > 0
+    assert facts["differing"] == usual["differing"]
+    refused = command.posthoc("diff", live, reference, "--without", "luck", status=2)
+    assert "reflinks" in refused.stderr
+
+
 def test_a_longer_live_disk_is_compared_with_zeros_and_said_so(tmp_path: Path) -> None:
     """Zeros beyond the reference's end are no difference, anything else is; one line tells."""
     live, reference = images.pair(tmp_path, size=1 << 20)

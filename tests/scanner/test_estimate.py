@@ -8,7 +8,7 @@ import pytest
 
 from dirtymap import errors
 from dirtymap.images import base
-from scanner import estimate
+from scanner import estimate, plan
 from tests.scanner import fakes
 
 G = 4096
@@ -115,7 +115,7 @@ def test_read_all_trusts_no_extent_map() -> None:
     live, reference = pair(256, 0)
     live.zeros = reference.zeros = [(0, 256 * G)]
     assert estimated(live, reference).to_read == 0
-    assert estimated(live, reference, read_all=True).drawn == 256
+    assert estimated(live, reference, without=plan.REASONS).drawn == 256
 
 
 def test_a_disk_that_is_known_needs_no_sample() -> None:

@@ -95,10 +95,43 @@ def test_a_longer_reference_is_looked_at_up_to_the_lives_end() -> None:
     assert runs_of(image(8 * K), image(64 * K)) == [Run(0, 8 * K, Kind.COMPARE)]
 
 
-def test_read_all_believes_nothing() -> None:
+@pytest.mark.parametrize("shortcut", plan.REASONS)
+def test_one_shortcut_is_switched_off(shortcut: str) -> None:
+    """What it would save is read from both sides; the others save as before."""
+    live = image(64 * K, (0, 8 * K), (16 * K, 24 * K))
+    reference = image(64 * K, (0, 16 * K))
+    rules = [Known((32 * K, 40 * K), reason=reason) for reason in (same.REFLINKS, same.BACKING)]
+    rules[1].ranges = ((40 * K, 48 * K),)
+    usual = [
+        (Run(0, 8 * K, Kind.EQUAL, plan.ZEROS), plan.ZEROS),
+        (Run(8 * K, 16 * K, Kind.LIVE), plan.ONE_SIDE),
+        (Run(16 * K, 24 * K, Kind.REFERENCE), plan.ONE_SIDE),
+        (Run(24 * K, 32 * K, Kind.COMPARE), None),
+        (Run(32 * K, 40 * K, Kind.EQUAL, same.REFLINKS), same.REFLINKS),
+        (Run(40 * K, 48 * K, Kind.EQUAL, same.BACKING), same.BACKING),
+        (Run(48 * K, 64 * K, Kind.COMPARE), None),
+    ]
+    assert _pieces(runs_of(live, reference, rules=rules)) == [run for run, _ in usual]
+    assert _pieces(runs_of(live, reference, rules=rules, without=[shortcut])) == [
+        Run(run.start, run.end, Kind.COMPARE) if by == shortcut else run for run, by in usual
+    ]
+
+
+def _pieces(runs: list[Run]) -> list[Run]:
+    """Cut what was joined into the pieces of the test above."""
+    edges = [0, 8 * K, 16 * K, 24 * K, 32 * K, 40 * K, 48 * K, 64 * K]
+    return [
+        Run(first, last, run.kind, run.reason)
+        for first, last in itertools.pairwise(edges)
+        for run in runs
+        if run.start <= first and last <= run.end
+    ]
+
+
+def test_without_any_nothing_is_believed() -> None:
     """Every shortcut is off, also the one beyond the end."""
     live, reference = image(64 * K, (0, 64 * K)), image(32 * K, (0, 32 * K))
-    assert runs_of(live, reference, read_all=True) == [Run(0, 64 * K, Kind.COMPARE)]
+    assert runs_of(live, reference, without=plan.REASONS) == [Run(0, 64 * K, Kind.COMPARE)]
 
 
 def test_small_savings_are_not_worth_a_chunk_of_their_own() -> None:
@@ -204,10 +237,9 @@ def test_more_extents_than_are_listened_to_lose_nothing(monkeypatch: pytest.Monk
 class Known:
     """A rule that knows fixed ranges to be equal."""
 
-    reason = same.REFLINKS
-
-    def __init__(self, *ranges: tuple[int, int]) -> None:
+    def __init__(self, *ranges: tuple[int, int], reason: str = same.REFLINKS) -> None:
         self.ranges = ranges
+        self.reason = reason
 
     def equal(self, start: int, length: int, deadline: float) -> Iterator[extent.Extent]:
         del deadline
@@ -255,6 +287,7 @@ def ranges(end: int) -> st.SearchStrategy[list[tuple[int, int]]]:
     unit=st.sampled_from([512, 2 * K, 4 * K]),
     least_saving=st.sampled_from([0, 3 * K, 16 * K]),
     window=st.sampled_from([4 * K, 1 << 20]),
+    without=st.sets(st.sampled_from(plan.REASONS)),
 )
 def test_every_byte_is_covered_once_and_no_promise_is_stretched(
     size: int,
@@ -265,12 +298,14 @@ def test_every_byte_is_covered_once_and_no_promise_is_stretched(
     unit: int,
     least_saving: int,
     window: int,
+    without: set[str],
 ) -> None:
     """Whatever the extents are: runs are contiguous whole units, each kind covered by its promise."""
     live = image(size, *_cut(live_zeros, size))
     reference = image(shorter, *_cut(reference_zeros, shorter))
     tuning = plan.Tuning(least_saving=least_saving, window=window)
-    made = runs_of(live, reference, unit, tuning, rules=[Known(*_cut(known, size))])
+    rules = [Known(*_cut(known, size))]
+    made = runs_of(live, reference, unit, tuning, rules=rules, without=without)
     position = 0
     zero_live = _bytes(live.zeros)
     zero_reference = _bytes(reference.zeros) | set(range(shorter, size))
@@ -278,6 +313,7 @@ def test_every_byte_is_covered_once_and_no_promise_is_stretched(
         assert run.start == position < run.end
         assert run.start % unit == 0
         position = run.end
+        assert run.kind is not Kind.EQUAL or run.reason not in without
         covered = set(range(run.start, run.end))
         if run.kind is Kind.LIVE:
             assert covered <= zero_reference

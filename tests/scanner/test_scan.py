@@ -84,6 +84,7 @@ def ranges(end: int) -> st.SearchStrategy[list[tuple[int, int]]]:
     least_saving=st.sampled_from([0, 8 * K, 128 * K]),
     hashed=st.sampled_from([None, None, 512, 4 * K, 32 * K]),
     workers=st.integers(1, 3),
+    without=st.sets(st.sampled_from(plan.REASONS)),
 )
 def test_a_planned_scan_finds_what_reading_everything_finds(
     size: int,
@@ -95,6 +96,7 @@ def test_a_planned_scan_finds_what_reading_everything_finds(
     least_saving: int,
     hashed: int | None,
     workers: int,
+    without: set[str],
 ) -> None:
     """Over random contents and extent maps the shortcuts change nothing but what is read."""
     live, reference = pair(size, 0)
@@ -116,13 +118,18 @@ def test_a_planned_scan_finds_what_reading_everything_finds(
     tuning = plan.Tuning(chunk=16 * K, least_saving=least_saving, window=64 * K)
 
     async def both() -> tuple[scan.Scan, scan.Scan]:
-        planned = await scanned(live, reference, granularity, tuning=tuning, workers=workers)
-        everything = await scanned(live, reference, granularity, tuning=tuning, read_all=True)
+        planned = await scanned(
+            live, reference, granularity, tuning=tuning, workers=workers, without=without
+        )
+        everything = await scanned(
+            live, reference, granularity, tuning=tuning, without=plan.REASONS
+        )
         return planned, everything
 
     planned, everything = trio.run(both)
     expected = truth(live, reference, granularity)
     assert everything.statistics().skipped == 0
+    assert not any(planned.statistics().savings[shortcut] for shortcut in without)
     if hashed is None or hashed <= granularity:
         assert dirty(planned.decisions) == dirty(everything.decisions) == expected
     else:
@@ -171,7 +178,7 @@ async def test_read_all_reads_what_is_written_already_too() -> None:
     written = bitmap.Bitmap(64 * K, 4 * K)
     written.set(0, 7)
     live.content[5 * 4 * K] ^= 1
-    made = await scanned(live, reference, written=lambda: written, workers=1, read_all=True)
+    made = await scanned(live, reference, written=lambda: written, workers=1, without=plan.REASONS)
     whole = [(at, 16 * K) for at in range(0, 64 * K, 16 * K)]
     assert (live.reads, reference.reads) == (whole, whole)
     assert made.statistics().savings[plan.WRITTEN] == made.statistics().skipped == 0

@@ -8,7 +8,7 @@ import contextlib
 import os
 import pathlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 import trio
@@ -33,16 +33,18 @@ def _ordinary_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(priority, "lower", lambda: None)
 
 
-def scanned(live: str, reference: str, *, read_all: bool) -> tuple[set[int], dict[str, int]]:
+def scanned(
+    live: str, reference: str, *, without: Collection[str] = ()
+) -> tuple[set[int], dict[str, int]]:
     """Return the dirty segments, and what was decided without reading, by reason."""
-    options = images.Options(read_all=read_all)
+    options = images.Options(read_all=bool(without))
     with contextlib.ExitStack() as stack:
         sides = []
         for spec in (live, reference):
             sides.append(images.open(spec, options=options))
             stack.callback(sides[-1].close)
         decisions = scan.Decisions(sides[0].size, GRANULARITY)
-        work = scan.Scan(*sides, decisions, read_all=read_all, tuning=GREEDY)
+        work = scan.Scan(*sides, decisions, without=without, tuning=GREEDY)
         trio.run(work.run)
     statistics = work.statistics()
     assert (statistics.state, statistics.error_count) == (progress.COMPLETE, 0)
@@ -55,12 +57,14 @@ def scanned(live: str, reference: str, *, read_all: bool) -> tuple[set[int], dic
 
 
 def check(live: str, reference: str, expected: set[int], reason: str) -> None:
-    """Both ways of scanning find `expected`, and one of them saves by `reason`."""
+    """With and without shortcuts `expected` is found, and `reason` saves unless it is switched off."""
     assert expected
-    everything, nothing_saved = scanned(live, reference, read_all=True)
-    planned, saved = scanned(live, reference, read_all=False)
-    assert planned == everything == expected
+    everything, nothing_saved = scanned(live, reference, without=plan.REASONS)
+    most, saved_less = scanned(live, reference, without=[reason])
+    planned, saved = scanned(live, reference)
+    assert planned == most == everything == expected
     assert saved[reason] > MIB
+    assert saved_less[reason] == 0
     assert not any(nothing_saved.values())
 
 

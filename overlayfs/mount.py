@@ -26,7 +26,7 @@ import pyfuse3
 import trio
 
 from dirtymap import errors
-from overlayfs import datapath, filesystem, mountpoint
+from overlayfs import datapath, filesystem, mountpoint, unmount
 from overlayfs.datapath import MountOptions, keeper, kernel
 
 __all__ = ["MountOptions", "serve"]
@@ -123,7 +123,7 @@ class _Mounted:
 
     async def remove(self) -> None:
         """Unmount, lazily if it is busy; nothing happens if it is gone."""
-        said = await mountpoint.unmount(self.path, lambda m: m.identity == self._identity)
+        said = await unmount.unmount(self.path, lambda m: m.identity == self._identity)
         if said is not None:
             log.error("unmount failed mountpoint=%s: %s", self.path, said)
 

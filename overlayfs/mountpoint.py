@@ -12,12 +12,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import trio
 
 from dirtymap import errors
 
@@ -121,32 +117,3 @@ def unmount_command(path: str, *, lazy: bool) -> list[str]:
 def stat_command(path: str) -> list[str]:
     """Return the command that asks the file system on `path` for its size, which only its server knows."""
     return [os.environ.get("POSTHOC_STAT", "stat"), "--file-system", "--format=%b", path]
-
-
-async def run(command: list[str]) -> str | None:
-    """Run `command` in a child; return None if it succeeded, else what it said."""
-    try:
-        done = await trio.run_process(
-            command, check=False, stdout=subprocess.DEVNULL, capture_stderr=True
-        )
-    except OSError as error:
-        return f"{command[0]}: {errors.reason(error)}"
-    if done.returncode == 0:
-        return None
-    said = os.fsdecode(done.stderr).strip()
-    return said or f"{command[0]} ended with status {done.returncode}"
-
-
-async def unmount(path: str, is_ours: Callable[[Mount], bool]) -> str | None:
-    """Unmount `path` while what `is_ours` says is ours is mounted there; lazily if it is busy.
-
-    Returns None when it is gone, else what the last command said.
-    """
-    said: str | None = None
-    for lazy in (False, True):
-        mount = find(path)
-        if mount is None or not is_ours(mount):
-            return None
-        said = await run(unmount_command(path, lazy=lazy))
-    mount = find(path)
-    return said if mount is not None and is_ours(mount) else None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import io
 import logging
 import os
@@ -15,35 +15,22 @@ from typing import NoReturn
 
 from dirtymap import errors
 from posthoc import exits, interrupts, report
-from posthoc.commands import (
-    attach,
-    diff,
-    digest,
-    estimate,
-    install,
-    merge,
-    mount,
-    show_map,
-    status,
-    umount,
-    verify,
-    wait,
-)
 
-_VERBS = (
-    mount,
-    umount,
-    status,
-    wait,
-    diff,
-    show_map,
-    merge,
-    verify,
-    install,
-    digest,
-    estimate,
-    attach,
-)
+# Verbs and their modules in posthoc.commands, in the order of --help.
+_VERBS = {
+    "mount": "mount",
+    "umount": "umount",
+    "status": "status",
+    "wait": "wait",
+    "diff": "diff",
+    "map": "show_map",
+    "merge": "merge",
+    "verify": "verify",
+    "install": "install",
+    "digest": "digest",
+    "estimate": "estimate",
+    "attach": "attach",
+}
 
 _EPILOG = """\
 Images: PATH is raw (a file or block device); qcow2:PATH, vmdk:, vdi:, vhdx:, vpc:, luks:;
@@ -63,19 +50,32 @@ class _Parser(argparse.ArgumentParser):
         self.exit(exits.MISTAKE, f"posthoc: {message} (see {self.prog} --help)\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command."""
+class _Version(argparse.Action):
+    """--version, which looks it up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Print it, and exit."""
+        from importlib import metadata  # 30 ms, for this option alone
+
+        print(f"posthoc {metadata.version('posthoc')}")
+        parser.exit(exits.DONE)
+
+
+def parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command, or of one verb alone.
+
+    Loading the modules of all verbs takes 0.4 s, those of `umount` 0.03 s.
+    """
     made = _Parser(
         prog="posthoc",
         description="Find after the fact which parts of a VM's disk have changed since a backup.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = importlib.metadata.version("posthoc")
-    made.add_argument("--version", action="version", version=f"posthoc {version}")
+    made.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = made.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in _VERBS:
-        verb.register(verbs)
+    for module in [_VERBS[verb]] if verb in _VERBS else _VERBS.values():
+        importlib.import_module(f"posthoc.commands.{module}").register(verbs)
     return made
 
 
@@ -92,7 +92,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         # A file's name may hold what this locale cannot write.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        parsed = parser().parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        parsed = parser(next(iter(words), None)).parse_args(words)
         code: int = parsed.run(parsed)
         sys.stdout.flush()
         return code

@@ -13,7 +13,7 @@ import trio
 
 from dirtymap import errors, units
 from posthoc import bar, exits, report
-from posthoc.commands import options
+from posthoc.commands import options, reading
 from posthoc.qemu import qmp, virsh
 from posthoc.sessions import attached, examined, offline
 from scanner import progress
@@ -49,8 +49,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_disks(parser)
     _add_bitmap(parser)
     _add_danger(parser)
-    options.scan(parser)
-    options.access(parser)
+    reading.scan(parser)
+    reading.access(parser)
     options.json_flag(parser)
     parser.set_defaults(run=run)
 
@@ -159,11 +159,11 @@ def request(arguments: argparse.Namespace) -> examined.Request:
         reference_side_only=arguments.reference_side_only,
         rate=arguments.rate,
         workers=arguments.workers,
-        without=options.without(arguments),
+        without=reading.without(arguments),
         allow_shrunk=arguments.allow_shrunk,
         directory=arguments.directory,
         nbd_server=arguments.nbd_server,
-        options=options.image_options(arguments),
+        options=reading.image_options(arguments),
     )
     if wanted.checkpoint and any(wish.by != "target" for wish in wanted.wishes):
         raise errors.UserError("--checkpoint goes with --target, or --disk: libvirt knows no nodes")

@@ -10,7 +10,7 @@ from typing import Any
 from dirtymap.images import base
 from dirtymap.qcow2 import carrier
 from posthoc import bar, exits, report
-from posthoc.commands import options
+from posthoc.commands import options, reading
 from posthoc.sessions import offline, pair
 from scanner import progress
 
@@ -29,8 +29,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("-o", "--output", metavar="MAP", help="write the dirty map here")
     options.granularity(parser)
     options.bitmap(parser)
-    options.scan(parser)
-    options.access(parser)
+    reading.scan(parser)
+    reading.access(parser)
     options.json_flag(parser)
     parser.set_defaults(run=run)
 
@@ -65,9 +65,9 @@ def request(arguments: argparse.Namespace) -> offline.Request:
         granularity=arguments.granularity,
         rate=arguments.rate,
         workers=arguments.workers,
-        without=options.without(arguments),
+        without=reading.without(arguments),
         allow_shrunk=arguments.allow_shrunk,
-        options=options.image_options(arguments),
+        options=reading.image_options(arguments),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dirtymap import errors, images, units
 from dirtymap.images import base, digest
 from posthoc import bar, exits, report
-from posthoc.commands import diff, options
+from posthoc.commands import diff, options, reading
 from posthoc.sessions import control, offline, pair
 from scanner import plan, scan
 
@@ -43,7 +43,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--read-all", action="store_true", help="read everything: trust no extent map"
     )
-    options.access(parser)
+    reading.access(parser)
     options.json_flag(parser)
     parser.set_defaults(run=run)
 
@@ -60,7 +60,7 @@ def _write(arguments: argparse.Namespace) -> int:
         )
     pair.check_output(arguments.output, arguments.image)
     granularity = arguments.granularity or units.DEFAULT_GRANULARITY
-    image = images.open(arguments.image, options=options.image_options(arguments))
+    image = images.open(arguments.image, options=reading.image_options(arguments))
     try:
         summary = digest.write(
             arguments.output,
@@ -108,7 +108,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         without=plan.REASONS if arguments.read_all else (),
         allow_shrunk=True,
-        options=options.image_options(arguments),
+        options=reading.image_options(arguments),
     )
     manifest = images.open_reference(arguments.verify)
     manifest.close()

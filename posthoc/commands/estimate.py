@@ -9,7 +9,7 @@ from typing import Any
 
 from dirtymap import errors, units
 from posthoc import exits, report
-from posthoc.commands import options
+from posthoc.commands import options, reading
 from posthoc.sessions import offline, pair
 from scanner import estimate
 
@@ -55,13 +55,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help="what the backup's storage takes a second (as much as LIVE gives)",
     )
-    options.shortcuts(parser)
+    reading.shortcuts(parser)
     parser.add_argument(
         "--allow-shrunk",
         action="store_true",
         help="compare a live disk that is shorter than the reference",
     )
-    options.access(parser)
+    reading.access(parser)
     options.json_flag(parser)
     parser.set_defaults(run=run)
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     with pair.open_pair(
         arguments.live,
         arguments.reference,
-        options=options.image_options(arguments),
+        options=reading.image_options(arguments),
         allow_shrunk=arguments.allow_shrunk,
     ) as opened:
         granularity = arguments.granularity or offline.natural_granularity(opened.reference)
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             granularity,
             samples=arguments.samples,
             seconds=arguments.seconds,
-            without=options.without(arguments),
+            without=reading.without(arguments),
         )
     facts = _facts(arguments, found)
     if arguments.json:

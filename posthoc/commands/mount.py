@@ -13,7 +13,7 @@ from dirtymap.images import nbd
 from overlayfs import mountpoint
 from overlayfs.datapath import shared
 from posthoc import background, exits, report
-from posthoc.commands import options, status
+from posthoc.commands import options, reading, status
 from posthoc.sessions import control, mounted
 from posthoc.sessions.parameters import Parameters
 
@@ -49,7 +49,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "soon as the disk is mounted. While the file lacks anything its bitmap is in use, and refused"
         ),
     )
-    options.scan(parser)
+    reading.scan(parser)
     parser.add_argument("--paused", action="store_true", help="begin with the scan paused")
     parser.add_argument(
         "--no-pacing",
@@ -80,7 +80,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="writeback",
         help="the native data path goes through the page cache (writeback) or around it (none: no other will do)",
     )
-    options.access(parser)
+    reading.access(parser)
     parser.add_argument(
         "--foreground", action="store_true", help="stay; Ctrl-C unmounts and ends the session"
     )
@@ -155,8 +155,8 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
         allow_other=arguments.allow_other,
         read_only=arguments.read_only,
         allow_shrunk=arguments.allow_shrunk,
-        without=options.without(arguments),
-        options=options.image_options(arguments),
+        without=reading.without(arguments),
+        options=reading.image_options(arguments),
     )
 
 

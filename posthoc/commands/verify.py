@@ -12,7 +12,7 @@ from dirtymap import bitmap, errors, units
 from dirtymap.images import base
 from dirtymap.qcow2 import carrier
 from posthoc import bar, exits, report
-from posthoc.commands import diff, options, show_map
+from posthoc.commands import diff, options, reading, show_map
 from posthoc.sessions import offline
 
 # Missed extents shown to people; --json has all of them.
@@ -34,8 +34,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("live", metavar="LIVE", help="the disk")
     parser.add_argument("reference", metavar="REFERENCE", help="the backup to compare it with")
     parser.add_argument("--bitmap", metavar="NAME", help="which bitmap, where there are several")
-    options.scan(parser)
-    options.access(parser)
+    reading.scan(parser)
+    reading.access(parser)
     options.json_flag(parser)
     parser.set_defaults(run=run)
 

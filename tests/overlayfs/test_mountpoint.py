@@ -10,6 +10,7 @@ import pytest
 
 from dirtymap import errors
 from overlayfs import mountpoint as place
+from overlayfs import unmount
 
 
 @pytest.mark.parametrize(
@@ -109,9 +110,9 @@ async def test_unmount_spares_what_is_not_ours(mountpoint: pathlib.Path) -> None
     """A mount that somebody laid over ours, or made after it, stays."""
     subprocess.run(["mount", "-t", "tmpfs", "none", mountpoint], check=True)
     try:
-        assert await place.unmount(str(mountpoint), lambda mount: mount.identity == -1) is None
+        assert await unmount.unmount(str(mountpoint), lambda mount: mount.identity == -1) is None
         assert place.find(str(mountpoint)) is not None
-        assert await place.unmount(str(mountpoint), lambda mount: True) is None
+        assert await unmount.unmount(str(mountpoint), lambda mount: True) is None
         assert place.find(str(mountpoint)) is None
     finally:
         if place.find(str(mountpoint)) is not None:
@@ -122,7 +123,7 @@ async def test_unmount_of_what_is_busy_is_lazy(mountpoint: pathlib.Path) -> None
     """An open file keeps nobody from unmounting: the name is free at once."""
     subprocess.run(["mount", "-t", "tmpfs", "none", mountpoint], check=True)
     with (mountpoint / "file").open("w") as file:
-        assert await place.unmount(str(mountpoint), lambda mount: True) is None
+        assert await unmount.unmount(str(mountpoint), lambda mount: True) is None
         assert place.find(str(mountpoint)) is None
         file.write("still open")
 
@@ -134,10 +135,10 @@ async def test_failing_tool_is_told(
     subprocess.run(["mount", "-t", "tmpfs", "none", mountpoint], check=True)
     try:
         monkeypatch.setenv("POSTHOC_UMOUNT", "/no/such/umount")
-        said = await place.unmount(str(mountpoint), lambda mount: True)
+        said = await unmount.unmount(str(mountpoint), lambda mount: True)
         assert said == "/no/such/umount: No such file or directory"
         monkeypatch.setenv("POSTHOC_UMOUNT", "false")
-        assert await place.unmount(str(mountpoint), lambda mount: True) == (
+        assert await unmount.unmount(str(mountpoint), lambda mount: True) == (
             "false ended with status 1"
         )
     finally:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dirtymap import errors
-from dirtymap.images import base, digest, export, fidx, file, nbd, qemu_nbd
+from dirtymap.images import base, chain, digest, export, fidx, file, nbd, qemu_nbd
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,15 @@ def path(spec: str) -> str | None:
     """Return the absolute path of the file that `spec` names, or None where it names none."""
     scheme, rest = split(spec)
     return None if scheme.startswith("nbd") else os.path.abspath(rest)
+
+
+def layers(spec: str) -> list[chain.Layer]:
+    """Return the chain of the image of a format that `spec` names, top first; none for others.
+
+    Raises ImageError.
+    """
+    scheme, rest = split(spec)
+    return chain.layers(spec, rest, scheme) if scheme in FORMATS else []
 
 
 def same_file(one: str, other: str) -> bool:

@@ -37,8 +37,8 @@ class Layer:
     size: int
     encrypted: bool
     identity: Identity | None
-    elsewhere: bool = False
-    """Its data is in a file of its own (qcow2's external data file, a vmdk's flat extent)."""
+    data_files: tuple[str, ...] = ()
+    """Where its data is, if not in itself (qcow2's external data file, a vmdk's extents)."""
     cluster: int | None = None
     """Bytes in which it allocates, where it does."""
 
@@ -77,7 +77,7 @@ def layers(name: str, path: str, driver: str) -> list[Layer]:
                 information["virtual-size"],
                 bool(information.get("encrypted")) or driver == "luks",
                 identity(next_path),
-                elsewhere=_has_data_file(information),
+                data_files=_data_files(next_path, information),
                 cluster=information.get("cluster-size"),
             )
         )
@@ -104,12 +104,14 @@ def _information(name: str, path: str, driver: str) -> dict[str, Any]:
         raise errors.ImageError(name, error.reason) from None
 
 
-def _has_data_file(information: dict[str, Any]) -> bool:
+def _data_files(path: str, information: dict[str, Any]) -> tuple[str, ...]:
     details = information.get("format-specific", {}).get("data", {})
-    extents = {extent["filename"] for extent in details.get("extents", ())}
-    return bool(
-        {"data-file", "data-file-raw"} & details.keys() or extents - {information["filename"]}
-    )
+    names = [extent["filename"] for extent in details.get("extents", ())]
+    if "data-file" in details:
+        names.append(details["data-file"])
+    # A name in a header is looked for beside the image (QEMU's path_combine()).
+    found = [os.path.join(os.path.dirname(path), name) for name in names]
+    return tuple(name for name in found if name not in (path, information["filename"]))
 
 
 def _below(

@@ -153,7 +153,7 @@ class Map:
             return None
         fds: dict[int, int] = {}
         for depth, layer in enumerate(layers):
-            if layer.driver in _DRIVERS and layer.path is not None and not layer.elsewhere:
+            if layer.driver in _DRIVERS and layer.path is not None and not layer.data_files:
                 fd = _open(layer)
                 if fd is not None:
                     fds[depth] = fd

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from dirtymap import errors, units
+from dirtymap import errors
 from posthoc import bar, exits, report
 from posthoc.commands import options, reading
 from posthoc.qemu import qmp, virsh
@@ -149,7 +149,7 @@ def request(arguments: argparse.Namespace) -> examined.Request:
                 raise errors.UserError(f"--{option} goes with --domain")
     wanted = examined.Request(
         wishes=tuple(_wishes(arguments)),
-        granularity=arguments.granularity or units.DEFAULT_GRANULARITY,
+        granularity=arguments.granularity,
         transient=arguments.transient,
         checkpoint=arguments.checkpoint,
         merge=arguments.merge,

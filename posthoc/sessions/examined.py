@@ -36,7 +36,7 @@ class Request:
     """`posthoc attach`'s arguments. Sizes are bytes, the rate bytes a second."""
 
     wishes: tuple[Wish, ...]
-    granularity: int = units.DEFAULT_GRANULARITY
+    granularity: int | None = None
     transient: bool = False
     checkpoint: bool = False
     merge: bool = False
@@ -151,7 +151,7 @@ def _target(
         number,
         node.name,
         wish.bitmap,
-        request.granularity,
+        request.granularity or units.DEFAULT_GRANULARITY,
         persistent=node.stores_bitmaps and not request.transient,
     )
     if request.checkpoint and not target.persistent:
@@ -182,6 +182,10 @@ def _target(
         )
     if request.checkpoint and not there.persistent:
         raise errors.UserError(f"{what} is not persistent, which a checkpoint needs")
+    if request.granularity not in (None, there.granularity):
+        raise errors.UserError(
+            f"{what} has a granularity of {there.granularity}: leave --granularity out"
+        )
     # Finer would be found out for nothing, coarser would dirty more than it needs.
     granularity = min(there.granularity, units.LARGEST_GRANULARITY)
     return replace(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def open_pair(
         stack.callback(compared.close)
         if writable:
             # Before it is opened: a format's header is written then.
-            _check_not_below(live, compared)
+            _check_apart(live, compared)
         opened = images.open(live, writable=writable, options=options)
         stack.callback(opened.close)
         compared, rounded = _fit(compared, opened.size)
@@ -58,18 +59,29 @@ def open_pair(
         yield Pair(opened, reader, compared, notes)
 
 
-def _check_not_below(live: str, reference: base.Image) -> None:
+def _check_apart(live: str, reference: base.Image) -> None:
     """Refuse to write a file that the reference reads from, under any name and through a loop device.
 
     Only the live disk's uppermost layer is written: those below it may be the reference's, too.
     """
-    if not isinstance(reference, export.NbdImage) or reference.server is None:
-        return
-    for layer in reference.server.layers:
-        if layer.path is not None and images.same_file(live, layer.path):
+    written = {live: live}
+    for layer in images.layers(live)[:1]:
+        written |= {name: f"{live}'s data file {name}" for name in layer.data_files}
+    for name, read in itertools.product(written, _files(reference)):
+        if images.same_file(name, read):
             raise errors.ImageError(
-                live, f"{reference.name} stands on it: writing it would destroy the reference"
+                written[name],
+                f"{reference.name} stands on it: writing it would destroy the reference",
             )
+
+
+def _files(image: base.Image) -> Iterator[str]:
+    """Yield the local files that `image` is read from."""
+    if isinstance(image, file.FileImage):
+        yield image.path
+    elif isinstance(image, export.NbdImage) and image.server is not None:
+        for layer in image.server.layers:
+            yield from (layer.path, *layer.data_files) if layer.path else layer.data_files
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dirtymap import errors, images, state
 from dirtymap.bitmap import Buffer
-from dirtymap.images import base, chain, file
+from dirtymap.images import base, file
 from overlayfs import datapath, recorder
 from overlayfs.datapath import forward, native, python
 from posthoc.sessions.parameters import Parameters
@@ -72,12 +72,11 @@ def fingerprint(spec: str) -> str | None:
 
 def _files(spec: str) -> list[str] | None:
     """Return the files that hold an image's bytes, None where they are not known. Raises UserError."""
-    where = images.path(spec)
-    driver, _ = images.split(spec)
-    if where is None or driver == "raw":
+    layers = images.layers(spec)
+    if not layers:
+        where = images.path(spec)
         return None if where is None else [where]
-    layers = chain.layers(spec, where, driver)
-    files = [layer.path for layer in layers if layer.path is not None and not layer.elsewhere]
+    files = [layer.path for layer in layers if layer.path is not None and not layer.data_files]
     return files if len(files) == len(layers) else None
 
 

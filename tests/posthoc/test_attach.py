@@ -213,9 +213,8 @@ def test_good_bitmap_is_merged_into_only_when_asked_for(tmp_path: pathlib.Path) 
         vm.client("block-dirty-bitmap-disable", names)
         assert "does not record" in refused(vm, disks, "--merge")
         vm.client("block-dirty-bitmap-enable", names)
-        attaching.attach(vm, disks, "--merge", "--granularity", "16K")
+        attaching.attach(vm, disks, "--merge")
         merged = vm.bitmaps("disk0")["backup0"]
-        # The disk differs in segment 200 too, at 16K of it as at 64K.
         assert merged["count"] == 5 * segment
         assert merged["persistent"]
         assert merged["recording"]
@@ -226,12 +225,14 @@ def test_good_bitmap_is_merged_into_only_when_asked_for(tmp_path: pathlib.Path) 
 def test_bitmap_that_is_merged_into_keeps_its_granularity(
     tmp_path: pathlib.Path, granularity: int
 ) -> None:
-    """What is shown is the bitmap's own, whatever was asked for, and so are the dirty bytes."""
+    """What is shown is the bitmap's own, another is refused, and the dirty bytes are of it."""
     disks = attaching.pair(tmp_path)
     with running.running(disks.live) as vm:
         names = {"node": "disk0", "name": "backup0", "granularity": granularity}
         vm.client("block-dirty-bitmap-add", names)
-        result = attaching.attach(vm, disks, "--merge", "--json", "--granularity", "64K")
+        told = refused(vm, disks, "--merge", "--granularity", "64K")
+        assert f"has a granularity of {granularity}: leave --granularity out" in told
+        result = attaching.attach(vm, disks, "--merge", "--json")
         (facts,) = json.loads(result.stdout)["disks"]
         bitmap = vm.bitmaps("disk0")["backup0"]
         assert (facts["granularity"], facts["dirty"]) == (granularity, bitmap["count"])

@@ -135,6 +135,22 @@ def test_live_is_a_file_below_the_reference(tmp_path: Path, mountpoint: Path, na
     command.posthoc("diff", spec, reference, status=0)
 
 
+def test_a_data_file_is_shared_with_the_reference(tmp_path: Path, mountpoint: Path) -> None:
+    """Each has a header of its own, and both the same bytes."""
+    live, reference = (f"qcow2:{tmp_path}/{name}.qcow2" for name in ("live", "reference"))
+    data = tmp_path / "data"
+    qemu.create(tmp_path / "reference.qcow2", 4 * MIB, "qcow2", options="data_file=data")
+    qemu.create(tmp_path / "live.qcow2", 4 * MIB, "qcow2", options=f"data_file={data}")
+    told = f"{reference} stands on it: writing it would destroy the reference"
+    assert f"{live}'s data file {data}: {told}" in refused(live, reference, mountpoint=mountpoint)
+    assert f"{data}: {told}" in refused(data, reference, mountpoint=mountpoint)
+    assert f"{data} stands on it" in refused(live, data, mountpoint=mountpoint)
+    flat = tmp_path / "live-flat.vmdk"
+    qemu.create(tmp_path / "live.vmdk", 4 * MIB, "vmdk", options="subformat=monolithicFlat")
+    told = f"vmdk:{tmp_path}/live.vmdk's data file {flat}: {flat} stands on it"
+    assert told in refused(f"vmdk:{tmp_path}/live.vmdk", flat, mountpoint=mountpoint)
+
+
 def test_live_may_stand_on_the_reference(tmp_path: Path, mountpoint: Path) -> None:
     live, _ = images.pair(tmp_path)
     live.rename(tmp_path / "base.raw")

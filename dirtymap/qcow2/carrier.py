@@ -2,7 +2,7 @@
 """The carrier: a qcow2 file without guest data that holds one persistent bitmap, a dirty map.
 
     write(path, bitmap)     a file, replaced as a whole or not at all
-    pieces(bitmap)          the same bytes in memory, for dirty.qcow2 in a mount
+    Carrier                 the same bytes in memory, for dirty.qcow2 in a mount
     read(path)              a Bitmap again, from any qcow2 with persistent bitmaps
     names(path)             what bitmaps there are
 
@@ -84,11 +84,6 @@ class Carrier:
                 first, last = (int(run[0]) * layouts.CLUSTER, (int(run[-1]) + 1) * layouts.CLUSTER)
                 yield self.layout.data_offset + first, self._data[first:last]
         yield header
-
-
-def pieces(bitmap: bitmap.Bitmap, name: str = DEFAULT_NAME) -> Carrier:
-    """The carrier of `bitmap` as it stands now, in memory: its bits are copied once. UserError."""
-    return Carrier(layout(bitmap.size, bitmap.granularity, name), bitmap.data.copy())
 
 
 def check_target(path: str | os.PathLike[str]) -> None:

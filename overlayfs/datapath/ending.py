@@ -39,7 +39,8 @@ def kill(pid: int, start: int, patience: float) -> bool:
         return True
     with contextlib.closing(os.fdopen(descriptor, "rb")):
         # The descriptor pins the number; the start tells whether it has been given anew before.
-        if _start_of(pid) != start:
+        found = state_and_start(pid)
+        if found is None or found[1] != start:
             return True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
@@ -48,9 +49,11 @@ def kill(pid: int, start: int, patience: float) -> bool:
         return bool(watch.poll(patience * 1000))
 
 
-def _start_of(pid: int) -> int | None:
-    """Return proc(5)'s field 22, counted behind the name, which may hold anything."""
+def state_and_start(pid: int) -> tuple[str, int] | None:
+    """Return proc(5)'s fields 3 and 22 of a process; None where there is none."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        # Counted from behind the name, which may hold anything.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return words[0], int(words[19])

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dirtymap import errors
+from overlayfs.datapath import ending
 
 PROGRAM = "posthoc-datapath"
 _LONGEST_WORD = 256
@@ -170,12 +171,8 @@ def resume(path: Path) -> socket.socket | None:
 
 def is_alive(pid: int, start: int) -> bool:
     """Return whether process `pid`, which began at `start` (clock ticks since boot), still runs."""
-    try:
-        # proc(5): field 22, counted behind the name, which may hold anything; the first is the state.
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return words[0] not in "ZX" and int(words[19]) == start
+    found = ending.state_and_start(pid)
+    return found is not None and found[0] not in "ZX" and found[1] == start
 
 
 def adopt(path: Path) -> tuple[socket.socket, Descriptors]:

@@ -6,34 +6,14 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 import trio
 
 from dirtymap import errors
 from dirtymap.qcow2 import carrier
+from overlayfs import filesystem
 
 log = logging.getLogger(__name__)
-
-
-class Content(Protocol):
-    """What one opener of a file reads until it closes it."""
-
-    length: int
-
-    def read(self, start: int, length: int) -> bytes: ...
-
-
-class Text:
-    """Bytes that stay as they are."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.length = len(data)
-
-    def read(self, start: int, length: int) -> bytes:
-        """Return up to `length` bytes from `start` on."""
-        return self._data[start : start + length]
 
 
 # What a status has about, before anybody has opened it.
@@ -54,9 +34,9 @@ class Report:
         """Return the last text's length: a look at the folder must not cost what reading does."""
         return self._length
 
-    async def open(self) -> Content:
+    async def open(self) -> filesystem.Content:
         """Return the text as of now."""
-        text = Text((await self._make()).encode())
+        text = filesystem.Text((await self._make()).encode())
         self._length = text.length
         return text
 
@@ -80,7 +60,7 @@ class DirtyMap:
         """Return the length, the same for every map of the disk: openers ask before they read."""
         return self._length
 
-    async def open(self) -> Content:
+    async def open(self) -> filesystem.Content:
         """Return the carrier of the map, in which all is that was written before the call."""
         return await trio.to_thread.run_sync(self._make)
 
@@ -102,9 +82,9 @@ class Control:
         """It holds nothing."""
         return 0
 
-    async def open(self) -> Content:
+    async def open(self) -> filesystem.Content:
         """It has nothing to read."""
-        return Text(b"")
+        return filesystem.Text(b"")
 
     def write(self, data: bytes) -> None:
         """Carry out the commands in `data`."""

@@ -36,7 +36,7 @@ async def test_a_map_is_made_beside_the_event_loop() -> None:
     def make() -> carrier.Carrier:
         trio.from_thread.run_sync(asked.set)
         trio.from_thread.run(held.wait)
-        return carrier.pieces(bitmap.Bitmap(1 << 20, 512))
+        return carrier.Carrier(carrier.layout(1 << 20, 512), bitmap.Bitmap(1 << 20, 512).data)
 
     dirty = files.DirtyMap(make, 1000)
     assert dirty.length() == 1000

@@ -18,6 +18,12 @@ READY_OPTION = "--ready-fd"
 _READY = b"ready\n"
 
 
+def is_meant(arguments: Sequence[str]) -> bool:
+    """Return whether `posthoc ARGUMENTS` needs nothing but `start`, which parses them in the new process."""
+    here = {"-h", "--help", "--foreground", READY_OPTION}
+    return arguments[:1] == ["mount"] and not here & {word.partition("=")[0] for word in arguments}
+
+
 def start(arguments: Sequence[str]) -> int:
     """Run `posthoc ARGUMENTS` (a verb first) in a session of its own; return 0 once it is ready, else its exit code.
 

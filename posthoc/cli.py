@@ -11,10 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dirtymap import errors
-from posthoc import exits, interrupts, report
+from posthoc import background, exits, interrupts, report
 
 # Verbs and their modules in posthoc.commands, in the order of --help.
 _VERBS = {
@@ -44,6 +44,10 @@ by SIGHUP: 129; nothing half-done is left.
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others are."""
+
+    def __init__(self, **options: Any) -> None:
+        # An abbreviation that works today is another option's tomorrow.
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Tell what is wrong with the command line, and exit."""
@@ -92,7 +96,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         # A file's name may hold what this locale cannot write.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        words = sys.argv[1:] if arguments is None else arguments
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if background.is_meant(words):
+            # The session's process parses them, and loads what they need: twice would take 0.5 s more.
+            return background.start(words)
         parsed = parser(next(iter(words), None)).parse_args(words)
         code: int = parsed.run(parsed)
         sys.stdout.flush()

@@ -12,8 +12,8 @@ from dirtymap import errors, images, units
 from dirtymap.images import nbd
 from overlayfs import mountpoint
 from overlayfs.datapath import shared
-from posthoc import background, exits, report
-from posthoc.commands import options, reading, status
+from posthoc import background, report
+from posthoc.commands import options, reading
 from posthoc.sessions import control, mounted
 from posthoc.sessions.parameters import Parameters
 
@@ -106,16 +106,12 @@ def run(arguments: argparse.Namespace) -> int:
         return mounted.run(
             _parameters(arguments), ready_fd=arguments.ready_fd, announce=_announce(arguments)
         )
-    code = background.start(sys.argv[1:])
-    if code == exits.DONE and arguments.json:
-        where = mountpoint.resolve(arguments.adopt or arguments.mountpoint)
-        _print(where, status.read(where))
-    return code
+    return background.start(sys.argv[1:])
 
 
 def _announce(arguments: argparse.Namespace) -> mounted.Ready | None:
-    """Return what shows that a session in the foreground is ready; in the background its command does."""
-    if not arguments.json or arguments.ready_fd is not None:
+    """Return what shows that the session is ready; until then one in the background has the terminal."""
+    if not arguments.json:
         return None
     where = mountpoint.resolve(arguments.adopt or arguments.mountpoint)
     return lambda facts: _print(where, facts)

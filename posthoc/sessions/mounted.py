@@ -19,6 +19,7 @@ import trio
 
 from dirtymap import bitmap, errors, state
 from dirtymap.images import file, loop
+from dirtymap.qcow2 import carrier
 from overlayfs.datapath import native
 from posthoc import background, exits, report
 from posthoc.sessions import output, pair, ways
@@ -105,6 +106,8 @@ async def _begin(parameters: Parameters, folder: state.Folder, ready: Ready) -> 
         options=parameters.options,
         allow_shrunk=parameters.allow_shrunk,
     ) as images:
+        # A map that no carrier can hold is told now, before there are bitmaps for it.
+        carrier.layout(images.live.size, parameters.granularity, parameters.bitmap)
         reason = None
         if parameters.datapath != "python":
             session = None

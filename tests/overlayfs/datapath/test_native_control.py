@@ -188,7 +188,7 @@ def test_without_resend_a_killed_server_ends_the_mount(serve: Serve) -> None:
 
 
 @builds.sanitized
-@pytest.mark.parametrize("writers", [6, 40])
+@pytest.mark.parametrize("writers", [6, 20])
 def test_status_answers_while_the_disk_hangs(serve: Serve, writers: int) -> None:
     """Every data thread waits for a slow disk, spare ones too, and more requests than there are threads."""
     with serve(faults="before-write=500000") as it:

@@ -11,10 +11,6 @@ def resident(path: pathlib.Path) -> set[int]:
     """Return the numbers of the pages of `path` that are cached."""
     with open(path, "rb") as stream:
         residency = pagecache._Residency(stream.fileno())
-        absent = {
-            page
-            for start, length in residency.absent(0, path.stat().st_size)
-            for page in range(start // mmap.PAGESIZE, (start + length) // mmap.PAGESIZE)
-        }
+        pages = residency._pages(0, -(-path.stat().st_size // mmap.PAGESIZE))
         residency.close()
-    return set(range(-(-path.stat().st_size // mmap.PAGESIZE))) - absent
+    return {number for number, page in enumerate(pages) if page & 1}

@@ -77,7 +77,7 @@ def layers(name: str, path: str, driver: str) -> list[Layer]:
                 information["virtual-size"],
                 bool(information.get("encrypted")) or driver == "luks",
                 identity(next_path),
-                data_files=_data_files(next_path, information),
+                data_files=_data_files(information),
                 cluster=information.get("cluster-size"),
             )
         )
@@ -104,14 +104,13 @@ def _information(name: str, path: str, driver: str) -> dict[str, Any]:
         raise errors.ImageError(name, error.reason) from None
 
 
-def _data_files(path: str, information: dict[str, Any]) -> tuple[str, ...]:
+def _data_files(information: dict[str, Any]) -> tuple[str, ...]:
     details = information.get("format-specific", {}).get("data", {})
     names = [extent["filename"] for extent in details.get("extents", ())]
     if "data-file" in details:
         names.append(details["data-file"])
-    # A name in a header is looked for beside the image (QEMU's path_combine()).
-    found = [os.path.join(os.path.dirname(path), name) for name in names]
-    return tuple(name for name in found if name not in (path, information["filename"]))
+    # Unlike a backing file's, a relative name is looked for in the current folder (bdrv_open_child()).
+    return tuple(os.path.abspath(name) for name in names if name != information["filename"])
 
 
 def _below(

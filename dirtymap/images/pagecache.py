@@ -2,12 +2,16 @@
 """Reads that leave the page cache as they found it.
 
 A scan reads two whole disks once. Left in the cache they would push out what the guest works with, and
-readahead would fetch what the next thread is about to ask for. So each read first looks, at a few pages,
-whether its range is in the cache:
+readahead would fetch what the next thread is about to ask for. So each read goes by what was in the cache
+before this reader came near:
 
-    it is       read from there
-    it is not   read around it (O_DIRECT), which brings nothing in and costs no copy
-    neither     (no O_DIRECT here, or not aligned to it) read through it; what was not there is dropped behind
+    all of it       read from there
+    not all of it   read around it (O_DIRECT), which brings nothing in and costs no copy
+    neither         (no O_DIRECT here, or not aligned to it) read through it; what was not there is dropped behind
+
+Before: a page that somebody has read ahead up to carries a mark, and whoever reads it, from the cache too, sets off
+the kernel's readahead of what lies behind (page_cache_async_ra(); no advice stops it). Looked at later, that would
+count as cached, and its own mark would go on to the end of the disk.
 
 An O_DIRECT read sees what was written through the cache: the kernel writes that out first (open(2), NOTES).
 Measured, 2 x 512 MiB that are not cached, two threads: RWF_DONTCACHE left 10 % of them in the cache, because
@@ -19,17 +23,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import threading
 
-import numpy as np
-import numpy.typing as npt
-
 # O_DIRECT wants start, length and memory on a logical block; this holds for every disk there is.
 _BLOCK = 4096
-# One page in so many bytes is looked at: a system call of half a microsecond each.
-_STRIDE = 256 << 10
+# The cache is looked at in units of so many bytes, at one page where that is there: half a microsecond each.
+_UNIT = 256 << 10
+# Units that are looked at before a read comes to them: farther than readahead gets, of which 8 MiB are in use.
+_AHEAD = (32 << 20) // _UNIT
+# Units behind a read that are dropped with it: what was on its way then, and folios that reach beyond one read,
+# which are dropped whole or not at all.
+_BEHIND = (8 << 20) // _UNIT
+
+Range = tuple[int, int]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -54,26 +63,36 @@ class Reader:
         self._residency = _Residency(fd)
         self._direct: int | None = None
         self._opened = False
+        self._through = -_AHEAD * _UNIT
         self._lock = threading.Lock()
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from `start` on; raises OSError, EIO where the file ends before that."""
         length = len(buffer)
-        if self._residency.is_cached(start, length):
-            _fill(self._fd, start, buffer)
+        if self._residency.was_cached(start, length):
+            self._fill_through(start, buffer)
             return
         if (start | length) % _BLOCK == 0 and (direct := self._around()) is not None:
             done = _some(direct, start, buffer)
             if done is not None:
                 # Where it ended early, it may not go on unaligned.
                 _fill(self._fd, start + done, buffer[done:])
+                if start - self._through < _AHEAD * _UNIT:
+                    # Readahead may have got here.
+                    self._drop(start + length)
                 return
-        # What readahead brought in for the next read would then count as cached before.
+        # What readahead brings in beyond this read, nobody drops at the end.
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-        absent = self._residency.absent(start, length)
+        self._fill_through(start, buffer)
+        self._drop(start + length)
+
+    def _fill_through(self, start: int, buffer: memoryview) -> None:
+        self._through = start + len(buffer)
         _fill(self._fd, start, buffer)
-        for first, count in absent:
-            os.posix_fadvise(self._fd, first, count, os.POSIX_FADV_DONTNEED)
+
+    def _drop(self, end: int) -> None:
+        for first, last in self._residency.absent_before(end):
+            os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
 
     def _around(self) -> int | None:
         """Return a descriptor that reads around the cache, None where there is no such thing."""
@@ -116,49 +135,79 @@ def _some(direct: int, start: int, buffer: memoryview) -> int | None:
 
 
 class _Residency:
-    """Which pages of a file are in the page cache, by mincore(2) over a mapping that is never touched.
+    """Which pages of a file were in the page cache, by mincore(2) over a mapping that is never touched.
 
-    Not being touched, it cannot raise SIGBUS, whatever becomes of the file.
+    Not being touched, it cannot raise SIGBUS, whatever becomes of the file. May be asked by several threads.
     """
 
     def __init__(self, fd: int) -> None:
         self._size = os.lseek(fd, 0, os.SEEK_END)
         address = _libc.mmap(None, max(self._size, 1), mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
         self._address: int | None = None if address in (None, _FAILED) else address
+        # Unit -> the ranges of its pages that were not there.
+        self._absent: dict[int, list[Range]] = {}
+        self._known = range(0)
+        self._lock = threading.Lock()
 
-    def is_cached(self, start: int, length: int) -> bool:
-        """Return whether the pages looked at, a few of the range, are all there."""
-        last = start + length - 1
-        page = ctypes.c_ubyte()
-        return all(
-            self._look(at, 1, ctypes.addressof(page)) and bool(page.value & 1)
-            for at in (*range(start, last, _STRIDE), last)
-        )
+    def was_cached(self, start: int, length: int) -> bool:
+        """Return whether the range was in the cache, before anything near it was read through this."""
+        wanted = range(start // _UNIT, -(-(start + length) // _UNIT))
+        with self._lock:
+            self._look_ahead(wanted)
+            return not any(self._absent[unit] for unit in wanted)
 
-    def absent(self, start: int, length: int) -> list[tuple[int, int]]:
-        """Return (start, length) of the runs of pages around the range that are not there."""
-        head = start // mmap.PAGESIZE * mmap.PAGESIZE
-        pages = np.zeros(-(-(start + length - head) // mmap.PAGESIZE), np.uint8)
-        if not self._look(head, len(pages), pages.ctypes.data):
+    def absent_before(self, end: int) -> list[Range]:
+        """Return the ranges that were not there, up to the unit in which `end` is and from a few before it."""
+        stop = -(-end // _UNIT)
+        joined: list[Range] = []
+        with self._lock:
+            for unit in range(stop - _BEHIND, stop):
+                for first, last in self._absent.get(unit, ()):
+                    if joined and joined[-1][1] == first:
+                        first = joined.pop()[0]
+                    joined.append((first, last))
+        return joined
+
+    def _look_ahead(self, wanted: range) -> None:
+        known = self._known
+        ahead = _AHEAD
+        if not known.start <= wanted.start <= known.stop + _AHEAD:
+            # A jump to somewhere: one read sets off one readahead at most.
+            self._absent.clear()
+            known, ahead = range(wanted.start, wanted.start), 0
+        stop = max(known.stop, wanted.stop + ahead)
+        for unit in range(known.stop, stop):
+            self._absent[unit] = self._look(unit)
+        start = max(known.start, wanted.start - _AHEAD)
+        for unit in range(known.start, start):
+            del self._absent[unit]
+        self._known = range(start, stop)
+
+    def _look(self, unit: int) -> list[Range]:
+        start, end = unit * _UNIT, min((unit + 1) * _UNIT, self._size)
+        if start >= end:
             return []
+        if self._address is None:
+            return [(start, end)]
+        # Whoever reads from the front and stops within leaves the last page out.
+        last = (end - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._pages(last, 1)[0] & 1:
+            return []
+        pages = self._pages(start, -(-(end - start) // mmap.PAGESIZE))
         return [
-            (head + first * mmap.PAGESIZE, count * mmap.PAGESIZE)
-            for first, count in _runs(pages & 1 == 0)
+            (start + run[0] * mmap.PAGESIZE, start + (run[-1] + 1) * mmap.PAGESIZE)
+            for there, grouped in itertools.groupby(range(len(pages)), lambda page: pages[page] & 1)
+            if not there and (run := list(grouped))
         ]
 
-    def _look(self, start: int, pages: int, into: int) -> bool:
-        if self._address is None or start >= self._size:
-            return False
-        at = self._address + start // mmap.PAGESIZE * mmap.PAGESIZE
-        return bool(_libc.mincore(at, pages * mmap.PAGESIZE, into) == 0)
+    def _pages(self, start: int, count: int) -> bytearray:
+        """Return mincore's byte for each page, 0 where it does not say."""
+        pages = bytearray(count)
+        into = (ctypes.c_ubyte * count).from_buffer(pages)
+        _libc.mincore((self._address or 0) + start, count * mmap.PAGESIZE, into)
+        return pages
 
     def close(self) -> None:
         address, self._address = self._address, None
         if address is not None:
             _libc.munmap(address, max(self._size, 1))
-
-
-def _runs(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    edges = np.diff(mask.view(np.int8), prepend=0, append=0)
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    return list(zip(starts.tolist(), (ends - starts).tolist(), strict=True))

@@ -139,8 +139,8 @@ def test_a_data_file_is_shared_with_the_reference(tmp_path: Path, mountpoint: Pa
     """Each has a header of its own, and both the same bytes."""
     live, reference = (f"qcow2:{tmp_path}/{name}.qcow2" for name in ("live", "reference"))
     data = tmp_path / "data"
-    qemu.create(tmp_path / "reference.qcow2", 4 * MIB, "qcow2", options="data_file=data")
-    qemu.create(tmp_path / "live.qcow2", 4 * MIB, "qcow2", options=f"data_file={data}")
+    for name in ("live", "reference"):
+        qemu.create(tmp_path / f"{name}.qcow2", 4 * MIB, "qcow2", options=f"data_file={data}")
     told = f"{reference} stands on it: writing it would destroy the reference"
     assert f"{live}'s data file {data}: {told}" in refused(live, reference, mountpoint=mountpoint)
     assert f"{data}: {told}" in refused(data, reference, mountpoint=mountpoint)

@@ -6,6 +6,7 @@ import mmap
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -17,7 +18,7 @@ import pytest
 from dirtymap import errors, images
 from dirtymap.extent import Extent
 from dirtymap.images import base, file, lock, pagecache
-from tests import pages
+from tests import pages, qemu, wait
 
 MIB = 1 << 20
 
@@ -217,17 +218,22 @@ def test_a_refused_lock_leaves_none_behind(disk: Path) -> None:
 
 
 def read_in_turns(reader: pagecache.Reader, size: int, threads: int, unaligned: int) -> None:
-    """Read all of it with several threads, each every n-th MiB, as a scan's workers do."""
+    """Read all of it with several threads, each taking the next MiB, as a scan's workers do."""
+    pieces, lock = iter(range(0, size, MIB)), threading.Lock()
 
-    def work(first: int) -> None:
+    def work() -> None:
         buffer = np.frombuffer(mmap.mmap(-1, MIB + unaligned), np.uint8)[unaligned:]
-        for start in range(first * MIB, size, threads * MIB):
+        while True:
+            with lock:
+                start = next(pieces, None)
+            if start is None:
+                return
             part = buffer[: min(MIB, size - start)]
             reader.read_into(start, part.data)
             assert part[0] == start // MIB % 251
 
     with futures.ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, first) for first in range(threads)]:
+        for done in [pool.submit(work) for _ in range(threads)]:
             done.result()
 
 
@@ -251,6 +257,30 @@ def test_the_page_cache_is_left_as_it_was_found(workdir: Path, unaligned: int) -
         read_in_turns(reader, size, 1 + (unaligned == 0), unaligned)
         reader.close()
     assert pages.resident(path) == before
+
+
+@pytest.mark.parametrize("unaligned", [0, 1], ids=["around-the-cache", "through-it"])
+def test_readahead_does_not_go_on_to_the_end(tmp_path: Path, unaligned: int) -> None:
+    """A file whose beginning somebody has read: its last pages' mark fetched all the rest, window by window."""
+    size = 96 * MIB
+    with qemu.reflinks(tmp_path / "xfs") as folder:
+        device = subprocess.check_output(["findmnt", "-no", "SOURCE", folder], text=True).strip()
+        # In sectors: 8 MiB, as large arrays have it.
+        subprocess.run(["blockdev", "--setra", str((8 * MIB) // 512), device], check=True)
+        path = folder / "warm.raw"
+        path.write_bytes(b"".join(bytes([i % 251]) + bytes(MIB - 1) for i in range(size // MIB)))
+        with open(path, "rb", buffering=0) as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            stream.read(4 * MIB)
+            # What was asked for and as much again, which is still on its way.
+            wait.until(lambda: len(pages.resident(path)) >= 8 * MIB // mmap.PAGESIZE, "it is there")
+            before = pages.resident(path)
+            assert len(before) < size // mmap.PAGESIZE // 2
+            reader = pagecache.Reader(stream.fileno())
+            read_in_turns(reader, size, 1 + (unaligned == 0), unaligned)
+            reader.close()
+        assert pages.resident(path) == before
 
 
 def test_what_was_written_through_the_cache_is_read_around_it(workdir: Path) -> None:

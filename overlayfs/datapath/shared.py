@@ -26,6 +26,7 @@ MAGIC = 0x31687461706F7470
 VERSION = 1
 SLOTS = 24
 ROWS = 4096
+SUSPECTS = 128
 SPARE_SLOTS = 9
 MOST_THREADS = SLOTS - SPARE_SLOTS
 SWAP_NONE, SWAP_TAKING, SWAP_TAKEN = range(3)
@@ -61,7 +62,7 @@ _STATE = [
         "swap_state",
     ),
     *("keeper_pid", "keeper_start", "server_pid", "server_start", "standby_pid", "standby_start"),
-    *("ending", "servers", "locked", "sessions", "attributes_length"),
+    *("ending", "servers", "locked", "sessions", "attributes_length", "passing", "suspected"),
 ]
 
 
@@ -72,6 +73,7 @@ class Header(ctypes.LittleEndianStructure):
         *((name, ctypes.c_uint64) for name in _GEOMETRY + _STATE),
         ("attributes", ctypes.c_uint8 * 104),
         ("init", ctypes.c_uint8 * 256),
+        ("suspects", ctypes.c_uint64 * 2 * SUSPECTS),
     ]
 
 
@@ -81,8 +83,9 @@ class Slot(ctypes.LittleEndianStructure):
     _fields_ = [
         ("sequence", ctypes.c_uint64),
         ("requests", ctypes.c_uint64),
+        ("unique", ctypes.c_uint64),
         ("kinds", ctypes.c_uint64 * (recorder.KINDS * recorder.KIND_WORDS)),
-        ("padding", ctypes.c_uint8 * 48),
+        ("padding", ctypes.c_uint8 * 40),
     ]
 
 
@@ -275,7 +278,7 @@ class SharedRecorder(recorder.Recorder):
         self.written = memory.written
         self._slots = memory.slots
         statistics = recorder.KINDS * recorder.KIND_WORDS
-        self._counters = self._slots[:, 2 : 2 + statistics]
+        self._counters = self._slots[:, 3 : 3 + statistics]
 
     @property
     def depth(self) -> int:

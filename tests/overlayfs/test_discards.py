@@ -273,6 +273,30 @@ def test_killed_in_the_act_of_passing_on(serve: Serve, faulty: pathlib.Path, pla
         assert mount.facts()["guest"]["discard"][0] == before + 10
 
 
+@pytest.mark.parametrize("way", ["send", "answer"])
+def test_a_write_that_no_server_survives_gets_eio(
+    serve: Serve, faulty: pathlib.Path, way: str
+) -> None:
+    """On its way to the session or of its answer on the way back; whatever it may have changed is marked."""
+    write = 16
+    environment = {"POSTHOC_DATAPATH": str(faulty), "POSTHOC_FAULTS": f"crash-{way}={write}"}
+    with serve(environment=environment) as mount, opened(mount.disk) as disk:
+        before = mount.live.read_bytes()
+        outcome: list[int | None] = []
+        call = (os.pwrite, disk, b"x" * PAGE, 5 * SEGMENT)
+        thread = threading.Thread(target=lambda: outcome.append(refused(*call)), daemon=True)
+        servers = mount.ask("servers")
+        thread.start()
+        thread.join(wait.DEADLINE)
+        assert outcome == [errno.EIO]
+        assert mount.ask("servers") == servers + 3
+        changed = mount.live.read_bytes() != before
+        assert mount.written() == ({5} if changed else set())
+        assert changed == (way == "answer")
+        fallocate(disk, PUNCH_HOLE | KEEP_SIZE, 0, SEGMENT)
+        assert os.pread(disk, SEGMENT, 0) == bytes(SEGMENT)
+
+
 @pytest.mark.parametrize("with_keeper", [False, True], ids=["alone", "with-the-keeper"])
 def test_a_session_that_is_killed_takes_the_mount_along(serve: Serve, with_keeper: bool) -> None:
     """The write bitmap dies with it: whoever is at work gets an error, and nothing stays mounted."""

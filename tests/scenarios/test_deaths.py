@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from overlayfs.datapath import shared
-from tests import command, oracle, qemu, wait
+from tests import builds, command, oracle, qemu, wait
 from tests.posthoc import images
 from tests.posthoc.images import MIB, SEGMENT
 from tests.scenarios import test_race
@@ -306,3 +306,50 @@ def test_fio_verifies_across_kills(tmp_path: Path, mountpoint: Path) -> None:
         said, _ = fio.communicate()
         assert fio.returncode == 0, said
         assert command.status(mount)["guest"]["writes"]["errors"] == 0
+
+
+def test_a_request_that_no_server_survives_gets_eio(tmp_path: Path, mountpoint: Path) -> None:
+    """And nobody else: a guest beside it goes on, the session stays, and what the write was for is in the map."""
+    live, reference = images.pair(tmp_path, 16 * MIB)
+    output = tmp_path / "map.qcow2"
+    fatal = 200 * SEGMENT
+    env = {"POSTHOC_DATAPATH": str(builds.datapath("faults")), "POSTHOC_FAULTS": f"crash={fatal}"}
+    options = ["--datapath", "native", "--paused", "--output", output]
+    with command.mounted(live, reference, mountpoint, *options, env=env) as mount:
+        session = pid_of(mount)
+        fio = subprocess.Popen(
+            [
+                *["fio", "--name=verify", f"--filename={mount / 'disk'}", "--size=4M"],
+                *["--rw=randwrite", "--bs=4k", "--direct=1", "--ioengine=libaio", "--iodepth=8"],
+                *["--verify=crc32c", "--verify_fatal=1", "--loops=4", "--verify_state_save=0"],
+                *["--rate_iops=2000"],
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            text=True,
+        )
+        rounds = 0
+        while fio.poll() is None:
+            guest = subprocess.run(
+                ["qemu-io", "-f", "raw", "-c", f"write -P 7 {fatal} 4k", mount / "disk"],
+                capture_output=True,
+                text=True,
+                timeout=wait.DEADLINE,
+            )
+            assert "write failed: Input/output error" in guest.stdout + guest.stderr
+            rounds += 1
+        said, _ = fio.communicate()
+        assert fio.returncode == 0, said
+        assert rounds > 1
+        status = command.status(mount)
+        assert status["pid"] == session
+        assert status["guest"]["writes"]["errors"] == rounds
+        command.control(mount, "resume")
+        command.until_state(mount, "complete")
+    # Where the guest's data is the reference's there is nothing to be found but by the record.
+    assert 200 in qemu.dirty_segments(output, SEGMENT)
+    assert (
+        live.read_bytes()[fatal : fatal + SEGMENT]
+        == reference.read_bytes()[fatal : fatal + SEGMENT]
+    )

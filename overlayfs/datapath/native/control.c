@@ -14,6 +14,7 @@
  *   a server in the act   of sending: nobody knows whether the session has it, and a write of the disk that it got
  *                         twice might be done again after its answer, over a later one. So it is asked to finish
  *                         everything first (forward.c): then either there is an answer, or it never had it
+ *   servers died of it    again and again, on its way there or of its answer on the way back: EIO (suspects.c)
  * An answer is looked at in the socket (MSG_PEEK) and taken out of it only when the kernel has it: the
  * next server finds it there.
  */
@@ -131,6 +132,28 @@ static void enqueue(struct control *control, unsigned i)
     control->last = i;
 }
 
+static bool is_condemned(struct control *control, const struct shared_row *row)
+{
+    return suspects_deaths(control->shared, row->unique) >= SUSPECT_LIMIT;
+}
+
+static void say_died_with(struct control *control, const struct shared_row *row)
+{
+    say("control request answered with EIO opcode=%u sessions=%u servers=%u: died with it", row->opcode,
+        row->deliveries, (unsigned)suspects_deaths(control->shared, row->unique));
+}
+
+/* What sessions or servers have died of goes to no other. */
+static void give_up(struct control *control, unsigned i)
+{
+    const struct copy *copy = &control->copies[i];
+    const struct shared_row *row = &control->rows[i];
+    say_died_with(control, row);
+    answer_error(control, row->unique | (copy->resent ? FUSE_UNIQUE_RESEND : 0), EIO);
+    if (!copy->queued)
+        release(control, i);
+}
+
 /* 0 or an errno. Never waits: a session that is stopped must not stop a reader. */
 static int transmit(struct control *control, const void *data, size_t length)
 {
@@ -164,7 +187,10 @@ static void drained(struct control *control)
     for (unsigned i = 0; i < control->high; i++) {
         if (control->rows[i].sent == SENT_PERHAPS && control->copies[i].request) {
             control->rows[i].sent = SENT_NOT;
-            enqueue(control, i);
+            if (is_condemned(control, &control->rows[i]))
+                give_up(control, i);
+            else
+                enqueue(control, i);
         }
     }
 }
@@ -180,7 +206,10 @@ static void flush(struct control *control)
         row->epoch = (uint32_t)atomic_load(&control->shared->epoch);
         row->sent = SENT_PERHAPS;
         faults_delay("before-send");
+        atomic_store(&control->shared->passing, row->unique);
+        faults_crash("crash-send", row->opcode);
         int error = transmit(control, copy->request->data, copy->request->length);
+        atomic_store(&control->shared->passing, 0);
         faults_delay("after-send");
         row->sent = error ? SENT_NOT : SENT_YES;
         if (error && error != EMSGSIZE)
@@ -281,10 +310,8 @@ static void accept_request(struct control *control, unsigned char *request, size
     } else if (row->sent == SENT_PERHAPS) {
         if (control->drain == IDLE)
             control->drain = TO_BE_ASKED;
-    } else if (!row->sent && row->deliveries >= most_deliveries(row)) {
-        say("control request answered with EIO opcode=%u sessions=%u: died with it", row->opcode, row->deliveries);
-        answer_error(control, head->unique, EIO);
-        release(control, i);
+    } else if (!row->sent && (row->deliveries >= most_deliveries(row) || is_condemned(control, row))) {
+        give_up(control, i);
     } else if (!row->sent) {
         enqueue(control, i);
     }
@@ -405,7 +432,16 @@ static void accept_answer(struct control *control, unsigned char *reply, size_t 
     }
     struct copy *copy = &control->copies[i];
     struct shared_row *row = &control->rows[i];
+    atomic_store(&control->shared->passing, row->unique);
+    if (is_condemned(control, row)) {
+        say_died_with(control, row);
+        *head = (struct fuse_out_header){.len = sizeof *head, .error = -EIO, .unique = head->unique};
+        length = sizeof *head;
+    } else {
+        faults_crash("crash-answer", row->opcode);
+    }
     patch(control, row, reply, length);
+    atomic_store(&control->shared->passing, 0);
     bool init = row->opcode == FUSE_INIT && head->error == 0;
     if (init && faults_sabotage("no-init-answer")) {
         pthread_mutex_unlock(&control->mutex);
@@ -494,10 +530,7 @@ static void sort_row(struct control *control, unsigned i, uint32_t epoch)
     if (!copy->request)
         return; /* the kernel sends it again */
     if (row->deliveries >= most_deliveries(row)) {
-        say("control request answered with EIO opcode=%u sessions=%u: died with it", row->opcode, row->deliveries);
-        answer_error(control, unique | (copy->resent ? FUSE_UNIQUE_RESEND : 0), EIO);
-        if (!copy->queued)
-            release(control, i);
+        give_up(control, i);
     } else {
         enqueue(control, i);
     }

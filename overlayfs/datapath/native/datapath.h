@@ -47,6 +47,8 @@
 /* Threads beside the ordinary readers: readers for when all of those are stuck, one for when these are too,
  * and one for slow requests. */
 #define SPARES 7
+/* A request in service at so many deaths of servers is answered with EIO: one may be another's, two a coincidence. */
+#define SUSPECT_LIMIT 3
 
 /* How a server ends; any other way it has crashed. */
 enum { EXIT_GONE = 0, EXIT_STOPPED = 75, EXIT_BROKEN = 70 };
@@ -116,7 +118,7 @@ bool disk_serve(struct worker *worker);
 /* The same for a thread that must not wait for the disk: what might is left to others. */
 bool disk_serve_later(struct worker *worker);
 /* Serves what was left to others, which is the worker's request now. */
-void disk_serve_now(struct worker *worker);
+bool disk_serve_now(struct worker *worker);
 
 /* forward.c: where the session serves the disk, every request. */
 void forward_request(struct worker *worker, size_t length);
@@ -151,6 +153,12 @@ struct drain {
 void drain_begin(struct drain *drain, struct shared_header *shared);
 bool drain_done(const struct drain *drain, struct shared_header *shared);
 
+/* suspects.c */
+/* For the keeper, when `signal` was the end of a server (0: nobody knows) and nothing of it is left. */
+void suspects_note(struct shared_header *shared, int signal);
+/* At how many deaths a request was in service. */
+uint64_t suspects_deaths(struct shared_header *shared, uint64_t unique);
+
 /* queue.c: copies of packets, first in, first out. */
 struct packet {
     struct packet *next;
@@ -182,12 +190,15 @@ void faults_read_environment(void);
 void faults_delay(const char *place);
 bool faults_sabotage(const char *what);
 uint64_t faults_masked_flags(void);
+/* Dies if `name` is among the faults with this value. */
+void faults_crash(const char *name, uint64_t value);
 void faults_break_rules(const struct shared_header *shared);
 #else
 static inline void faults_read_environment(void) {}
 static inline void faults_delay(const char *place) { (void)place; }
 static inline bool faults_sabotage(const char *what) { (void)what; return false; }
 static inline uint64_t faults_masked_flags(void) { return 0; }
+static inline void faults_crash(const char *name, uint64_t value) { (void)name; (void)value; }
 static inline void faults_break_rules(const struct shared_header *shared) { (void)shared; }
 #endif
 

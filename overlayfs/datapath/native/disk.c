@@ -36,6 +36,7 @@ static struct outcome disk_read(struct worker *worker)
     struct fuse_read_in *in = body(worker);
     uint64_t start = in->offset;
     size_t length = in->size, done = 0;
+    faults_crash("crash", start);
     if (start >= size)
         return (struct outcome){0};
     if (length > size - start)
@@ -85,6 +86,7 @@ static struct outcome disk_write(struct worker *worker)
     struct fuse_write_in in;
     memcpy(&in, body(worker), sizeof in);
     const struct fuse_in_header *head = (void *)worker_request(worker);
+    faults_crash("crash", in.offset);
     if (head->len != WRITE_HEAD + in.size)
         return (struct outcome){.error = EIO};
     if (shared->read_only)
@@ -130,6 +132,7 @@ static struct outcome disk_fallocate(struct worker *worker)
     const int punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
     const int zero = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
     int mode = (int)in->mode | (in->mode & FALLOC_FL_ZERO_RANGE ? FALLOC_FL_KEEP_SIZE : 0);
+    faults_crash("crash", in->offset);
     bool grows = in->length > shared->size || in->offset > shared->size - in->length;
     if (shared->read_only)
         return (struct outcome){.error = EROFS};
@@ -224,6 +227,30 @@ static const struct operation {
     [FUSE_RELEASE] = {disk_release, -1, false},
 };
 
+/* What servers have died of is not tried again. Nobody knows how far they came, so what it would have changed is
+ * marked as changed. */
+static struct outcome give_up(struct worker *worker, uint32_t opcode)
+{
+    struct shared_header *shared = worker->server->shared;
+    const struct fuse_fallocate_in *discard = body(worker);
+    const struct fuse_write_in *write = body(worker);
+    uint64_t start = 0, length = 0;
+    if (opcode == FUSE_WRITE) {
+        start = write->offset;
+        length = write->size;
+    } else if (opcode == FUSE_FALLOCATE) {
+        start = discard->offset;
+        length = discard->length;
+    }
+    if (start > shared->size)
+        start = shared->size;
+    if (length > shared->size - start)
+        length = shared->size - start;
+    record_begin(shared, worker->slot, start, length);
+    record_end(shared, worker->slot, start, length);
+    return (struct outcome){.error = EIO};
+}
+
 static void serve(struct worker *worker, const struct operation *operation)
 {
     static _Atomic uint64_t failures;
@@ -231,14 +258,18 @@ static void serve(struct worker *worker, const struct operation *operation)
     struct fuse_in_header head;
     memcpy(&head, worker_request(worker), sizeof head);
     uint64_t begin = clock_nanoseconds();
-    struct outcome outcome = operation->serve(worker);
+    uint64_t deaths = suspects_deaths(worker->server->shared, head.unique);
+    bool given_up = deaths >= SUSPECT_LIMIT;
+    struct outcome outcome = given_up ? give_up(worker, head.opcode) : operation->serve(worker);
     faults_break_rules(worker->server->shared);
     faults_delay("before-reply");
     /* Counted before the guest can know, so that whoever has seen an answer finds it counted. */
     if (operation->kind >= 0)
         record_account(worker->slot, (enum shared_kind)operation->kind, outcome.bytes, outcome.error != 0,
                        clock_nanoseconds() - begin);
-    if (outcome.error == EIO)
+    if (given_up)
+        say("request answered with EIO opcode=%u servers=%u: died with it", head.opcode, (unsigned)deaths);
+    else if (outcome.error == EIO)
         say_sometimes(&failures, "request failed opcode=%u errno=%d", head.opcode, outcome.error);
     worker_reply(worker, head.unique, outcome.error, outcome.length);
 }
@@ -297,8 +328,9 @@ bool disk_serve_later(struct worker *worker)
     return true;
 }
 
-void disk_serve_now(struct worker *worker)
+bool disk_serve_now(struct worker *worker)
 {
     const struct fuse_in_header *head = (void *)worker_request(worker);
     serve(worker, &operations[head->opcode]);
+    return true;
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Test builds only: delays and sabotage, named in POSTHOC_FAULTS, to show that a check can fail.
  *
- *   POSTHOC_FAULTS=before-write=300,no-drain,mask=8000000000
- *   (a delay in microseconds; a sabotage; INIT flags to hide, in hexadecimal)
+ *   POSTHOC_FAULTS=before-write=300,no-drain,mask=8000000000,crash=327681
+ *   (a delay in microseconds; a sabotage; INIT flags to hide, in hexadecimal; what to die of every time: a read, write
+ *   or discard that begins there, or with crash-send and crash-answer an opcode on its way to the session or back)
  *
  * data-race, overflow and undefined are what the sanitizers must find. Only the first server does it: a request is
  * sent again until a server lives to answer it.
@@ -48,6 +49,14 @@ void faults_delay(const char *place)
 bool faults_sabotage(const char *what)
 {
     return find(what) != NULL;
+}
+
+void faults_crash(const char *name, uint64_t value)
+{
+    static int *volatile nowhere;
+    const char *wanted = find(name);
+    if (wanted && strtoull(wanted + 1, NULL, 10) == value)
+        *nowhere = 1;
 }
 
 void faults_break_rules(const struct shared_header *shared)

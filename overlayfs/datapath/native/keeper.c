@@ -323,6 +323,7 @@ static void server_reaped(struct keeper *keeper, int status)
     close(keeper->channel);
     keeper->channel = -1;
     record_reset_sequences(keeper->shared);
+    suspects_note(keeper->shared, WIFSIGNALED(status) ? WTERMSIG(status) : 0);
     bool gone = WIFEXITED(status) && WEXITSTATUS(status) == EXIT_GONE;
     if (gone || keeper->stopping)
         finish(keeper);
@@ -731,6 +732,7 @@ static void succeed(struct keeper *keeper)
     if (atomic_load(&shared->standby_pid) != (uint64_t)getpid())
         await_gone(atomic_load(&shared->standby_pid), atomic_load(&shared->standby_start));
     record_reset_sequences(shared);
+    suspects_note(shared, 0);
     if (atomic_load(&shared->swap_state) == SWAP_TAKING)
         record_give_back(shared);
     uint64_t start = 0;

@@ -36,9 +36,10 @@ static int print_layout(void)
         HEADER(init_epoch), HEADER(answered), HEADER(epoch), HEADER(swap_state), HEADER(keeper_pid),
         HEADER(keeper_start), HEADER(server_pid), HEADER(server_start),
         HEADER(standby_pid), HEADER(standby_start), HEADER(ending), HEADER(servers), HEADER(locked),
-        HEADER(sessions), HEADER(attributes_length), HEADER(attributes), HEADER(init),
+        HEADER(sessions), HEADER(attributes_length), HEADER(passing), HEADER(suspected),
+        HEADER(attributes), HEADER(init), HEADER(suspects),
         {"slot", SHARED_SLOTS, sizeof(struct shared_slot)},
-        SLOT(sequence), SLOT(requests), SLOT(kinds),
+        SLOT(sequence), SLOT(requests), SLOT(unique), SLOT(kinds),
         {"row", SHARED_ROWS, sizeof(struct shared_row)},
         ROW(unique), ROW(nodeid), ROW(opcode), ROW(epoch), ROW(deliveries), ROW(sent),
     };

@@ -29,6 +29,8 @@
 #define SHARED_INIT 256
 #define SHARED_ATTRIBUTES 104
 #define SHARED_BUCKETS 209
+/* Some deaths' worth: each may leave one of every thread. */
+#define SHARED_SUSPECTS 128
 
 enum shared_kind { KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_DISCARD, SHARED_KINDS };
 
@@ -49,6 +51,7 @@ struct shared_kind_statistics {
 struct shared_slot {
     _Alignas(64) _Atomic uint64_t sequence; /* odd while bytes of the disk may be changing */
     _Atomic uint64_t requests;              /* odd while the thread serves a request */
+    _Atomic uint64_t unique;                /* of that request, without FUSE's resend bit, else 0 */
     struct shared_kind_statistics kinds[SHARED_KINDS];
 };
 
@@ -60,6 +63,12 @@ struct shared_row {
     uint32_t epoch;      /* of the session that it was sent to last */
     uint32_t deliveries; /* how many sessions have got it */
     uint32_t sent;       /* whether the session of `epoch` has it: SENT_... */
+};
+
+/* A request that was in service when servers died of a fault: suspects.c. */
+struct shared_suspect {
+    _Atomic uint64_t unique; /* without FUSE's resend bit */
+    _Atomic uint64_t deaths;
 };
 
 struct shared_header {
@@ -101,8 +110,11 @@ struct shared_header {
     _Atomic uint64_t locked;   /* 1 if the server's buffers are locked into memory */
     _Atomic uint64_t sessions; /* restarts of the session by the keeper */
     _Atomic uint64_t attributes_length; /* of the disk's, as the session has told them, 0 until then */
+    _Atomic uint64_t passing;   /* unique of the control request that is being sent to the session or comes back */
+    _Atomic uint64_t suspected; /* how many suspects there have been */
     unsigned char attributes[SHARED_ATTRIBUTES]; /* struct fuse_attr_out */
     unsigned char init[SHARED_INIT];
+    struct shared_suspect suspects[SHARED_SUSPECTS]; /* the last ones */
 };
 
 static_assert(sizeof(_Atomic uint64_t) == sizeof(uint64_t), "atomic words are plain words");

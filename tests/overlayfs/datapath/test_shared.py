@@ -83,7 +83,7 @@ def test_what_is_remembered_has_bounds(memory: shared.Memory) -> None:
 def test_statistics_are_the_sum_of_all_threads(memory: shared.Memory) -> None:
     """Each thread counts for itself, in the recorder's own form."""
     for slot in (0, 5):
-        counters = memory.slots[slot, 2:]
+        counters = memory.slots[slot, 3:]
         base = recorder.WRITE * recorder.KIND_WORDS
         counters[base + recorder.OPERATIONS] = 3
         counters[base + recorder.BYTES] = 3000

@@ -51,6 +51,8 @@ struct control {
     size_t limit;          /* of a packet's data, bytes */
     unsigned first, last;  /* fifo of rows to be sent */
     unsigned high;         /* rows at or beyond this one are free */
+    struct queue *releases; /* which nobody waits for, but the session holds what an opener reads until then */
+    struct packet *release; /* the next of them */
     enum { IDLE, TO_BE_ASKED, ASKED } drain; /* what is in doubt waits for */
     struct copy copies[SHARED_ROWS];
 };
@@ -195,8 +197,21 @@ static void drained(struct control *control)
     }
 }
 
+static void send_releases(struct control *control)
+{
+    for (;;) {
+        if (!control->release)
+            control->release = queue_take(control->releases);
+        if (!control->release || transmit(control, control->release->data, control->release->length))
+            return;
+        free(control->release);
+        control->release = NULL;
+    }
+}
+
 static void flush(struct control *control)
 {
+    send_releases(control);
     if (control->drain == TO_BE_ASKED && !ask_to_drain(control))
         return;
     while (control->first != NONE) {
@@ -229,7 +244,7 @@ static void flush(struct control *control)
 
 static bool is_waiting(const struct control *control)
 {
-    return control->first != NONE || control->drain == TO_BE_ASKED;
+    return control->first != NONE || control->drain == TO_BE_ASKED || control->release;
 }
 
 /* Keeps INIT for the sessions to come, and takes from it what this kernel can do. */
@@ -317,11 +332,14 @@ static void accept_request(struct control *control, unsigned char *request, size
     }
 }
 
-/* Nobody waits for these. A release is answered at once, since 64 unanswered ones (max_background) would hold up
- * the disk's asynchronous requests; the session's answer to it is one to an unknown request. */
-static bool needs_no_answer(uint32_t opcode)
+static bool is_forget(uint32_t opcode)
 {
-    return opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET || opcode == FUSE_RELEASE || opcode == FUSE_RELEASEDIR;
+    return opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET;
+}
+
+static bool is_release(uint32_t opcode)
+{
+    return opcode == FUSE_RELEASE || opcode == FUSE_RELEASEDIR;
 }
 
 void control_request(struct control *control, unsigned char *request, size_t length)
@@ -332,12 +350,17 @@ void control_request(struct control *control, unsigned char *request, size_t len
     pthread_mutex_lock(&control->mutex);
     if (head->opcode == FUSE_INIT)
         note_init(control, request, length);
-    if (needs_no_answer(head->opcode)) {
-        if (head->opcode == FUSE_RELEASE || head->opcode == FUSE_RELEASEDIR)
-            answer_error(control, head->unique, 0);
+    if (is_forget(head->opcode)) {
         /* Nothing depends on it: lost where it cannot be sent now. */
         if (control->first == NONE)
             transmit(control, request, length);
+    } else if (is_release(head->opcode)) {
+        /* Answered at once, since 64 unanswered ones (max_background) would hold up the disk's asynchronous
+         * requests; the session's answer to it is one to an unknown request. */
+        answer_error(control, head->unique, 0);
+        if (!queue_push(control->releases, request, length))
+            say("out of memory: a release is lost");
+        flush(control);
     } else if (!limit(control, request, length)) {
         answer_error(control, head->unique, EFBIG);
     } else {
@@ -595,6 +618,7 @@ struct control *control_new(struct server *server)
     control->room = PAGE + CONTROL_LIMIT;
     control->buffer = locked_memory(server->shared, control->room);
     control->notifications = queue_new();
+    control->releases = queue_new();
     control->session = -1;
     control->first = control->last = NONE;
     pthread_mutex_init(&control->mutex, NULL);
@@ -606,7 +630,7 @@ struct control *control_new(struct server *server)
         if (row->sent == SENT_PERHAPS && !forwards(server->environment))
             row->sent = SENT_NOT;
     }
-    if (!control->buffer || !control->notifications
+    if (!control->buffer || !control->notifications || !control->releases
         || pthread_create(&control->notifier, NULL, notify, control))
         return NULL;
     return control;

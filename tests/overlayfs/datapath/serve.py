@@ -34,6 +34,7 @@ class Facts:
     def __init__(self, path: native.NativeDatapath, control: "Control") -> None:
         self._path = path
         self._control = control
+        self.openers: dict[int, filesystem.Content] = {}
 
     def _text(self) -> bytes:
         header = self._path.memory.header
@@ -44,6 +45,7 @@ class Facts:
             "written": segments(self._path.recorder.written),
             "taken": segments(self._path.memory.taken),
             "control": self._control.taken,
+            "openers": len(self.openers),
             "depth": self._path.recorder.depth,
             **{
                 name: int(getattr(header, name))
@@ -148,11 +150,13 @@ class Session:
 
     async def run(self, *, adopted: bool) -> int:
         control = Control()
+        facts = Facts(self.path, control)
         files = filesystem.Filesystem(
             self.path.disk,
-            [Facts(self.path, control), Large(), control],
+            [facts, Large(), control],
             read_only=self.config.get("options", {}).get("read_only", False),
         )
+        facts.openers = files._contents
         options = datapath.MountOptions(allow_other=bool(self.config.get("allow_other")))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)

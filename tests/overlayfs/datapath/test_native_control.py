@@ -54,6 +54,21 @@ def test_requests_wait_for_a_stopped_session(serve: Serve) -> None:
         assert it.written() == set(range(conftest.SIZE // SEGMENT))
 
 
+@builds.sanitized
+def test_releases_wait_for_a_stopped_session(serve: Serve) -> None:
+    """More than the socket holds: each opener's map would stay in the session's memory until its end."""
+    with serve(socket_buffer=4096) as it:
+        opened = [os.open(it.mountpoint / "dirty.qcow2", os.O_RDONLY) for _ in range(300)]
+        assert it.facts()["openers"] == 300
+        os.kill(it.process.pid, signal.SIGSTOP)
+        try:
+            for descriptor in opened:
+                os.close(descriptor)
+        finally:
+            os.kill(it.process.pid, signal.SIGCONT)
+        wait.until(lambda: it.facts()["openers"] == 0, "the session has forgotten them")
+
+
 def test_requests_wait_for_the_next_session(serve: Serve) -> None:
     """Those of a session that is dead, read by it or not, are answered by the one that adopts the mount."""
     with serve(restart=False) as it:

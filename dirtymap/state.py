@@ -25,12 +25,14 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dirtymap import errors
 
 # What is read back is small; a larger file is not ours.
 _LONGEST = 1 << 20
+# Bytes for a file that is written when there may be no room.
+_RESERVED = 4096
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Folder:
 
     def discard_unused(self) -> None:
         """Remove the folder after a start that failed, unless somebody else has left something in it."""
-        left = {file.name for file in self.path.iterdir() if file.name != "lock"}
+        reserved = self._temporary("end.json").name
+        left = {file.name for file in self.path.iterdir()} - {"lock", reserved}
         if left <= {"log"} and not (left and self.log.stat().st_size):
             self.discard()
 
@@ -134,13 +137,30 @@ class Folder:
             finally:
                 os.close(fd)
 
+    def reserve(self, name: str) -> None:
+        """Take now the room that `write` of this name needs: the disk may be full then. Raises UserError."""
+        try:
+            with self._new(name) as stream:
+                stream.write(bytes(_RESERVED))
+        except OSError as error:
+            raise errors.UserError(
+                f"{self.path}: what a session has to leave behind finds no room: {errors.reason(error)}"
+            ) from None
+
     def write(self, name: str, facts: Mapping[str, Any]) -> None:
         """Replace the file `name` of this folder by `facts`, whole or not at all."""
-        temporary = self.path / f"{name}.new"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as stream:
-            json.dump(facts, stream, indent=1)
-        temporary.replace(self.path / name)
+        with self._new(name) as stream:
+            stream.write(json.dumps(facts, indent=1).encode())
+            stream.truncate()
+        self._temporary(name).replace(self.path / name)
+
+    def _temporary(self, name: str) -> Path:
+        return self.path / f"{name}.new"
+
+    def _new(self, name: str) -> BinaryIO:
+        # Not truncated: what was reserved would be given back.
+        fd = os.open(self._temporary(name), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.fdopen(fd, "wb")
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Return the facts in the file `name`, or None where there are none to be had."""

@@ -85,10 +85,13 @@ def _facts(
         "needless_segments": needless.count(),
         "errors": result.statistics.error_count,
         "error_list": offline.error_texts(result.statistics),
-        "missed_extents": [
-            {"start": extent.start, "length": extent.length} for extent in missed.extents()
-        ],
+        "missed_extents": _extents(missed),
+        "needless_extents": _extents(needless),
     }
+
+
+def _extents(bits: bitmap.Bitmap) -> list[dict[str, int]]:
+    return [{"start": extent.start, "length": extent.length} for extent in bits.extents()]
 
 
 def _without(one: bitmap.Bitmap, other: bitmap.Bitmap) -> bitmap.Bitmap:
@@ -109,11 +112,12 @@ def _text(facts: dict[str, Any]) -> str:
         for key in ("missed", "needless")
     ]
     lines += [f"errors: {'; '.join([str(facts['errors']), *facts['error_list']])}"]
-    extents = facts["missed_extents"]
-    lines += [
-        f"missed at {extent['start']}: {extent['length']}"
-        for extent in itertools.islice(extents, _SHOWN)
-    ]
-    if len(extents) > _SHOWN:
-        lines.append(f"and {len(extents) - _SHOWN} more extents missed (--json lists all)")
+    for key in ("missed", "needless"):
+        extents = facts[f"{key}_extents"]
+        lines += [
+            f"{key} at {extent['start']}: {extent['length']}"
+            for extent in itertools.islice(extents, _SHOWN)
+        ]
+        if len(extents) > _SHOWN:
+            lines.append(f"and {len(extents) - _SHOWN} more extents {key} (--json lists all)")
     return "\n".join(lines) + "\n"

@@ -78,6 +78,7 @@ def _run(folder: state.Folder, serve: Serve, ready_fd: int | None, announce: Rea
             background.detach(ready_fd, folder.log)
 
     try:
+        folder.reserve("end.json")
         end = trio.run(serve, ready)
     except BaseException as error:
         if not was_ready:

@@ -169,6 +169,30 @@ def no_fusermount(scene: Scene) -> None:
     assert told == "posthoc: fusermount3 is missing: install fuse3, or mount as root\n"
 
 
+def no_room(scene: Scene) -> None:
+    """The folder of sessions is full: at the end it had no word left for `umount`, who told that the map was lost."""
+    run = pathlib.Path(f"/run/user/{NOBODY}")
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size=1M,mode=700,uid={NOBODY}", "none", run], check=True
+    )
+    with scene.mounted("--output", scene.map):
+        with open(run / "much", "wb", buffering=0) as file:
+            while os.statvfs(run).f_bavail:
+                file.write(bytes(4096))
+        scene.posthoc("wait", scene.mountpoint)
+        scene.write(7)
+        assert scene.posthoc("umount", scene.mountpoint).stderr == ""
+    assert scene.dirty() == {3, 7}
+    with open(run / "more", "wb", buffering=0) as file:
+        while os.statvfs(run).f_bavail:
+            file.write(bytes(4096))
+    told = scene.posthoc("mount", *scene.pair, status=2).stderr
+    assert "finds no room: No space left on device" in told
+    assert len(told.splitlines()) == 1
+    assert not command.is_mounted(scene.mountpoint)
+    assert [file for file in (run / "posthoc").glob("*/*") if file.name != "lock"] == []
+
+
 def name_that_is_no_utf8(scene: Scene) -> None:
     """A holder, or a refusal of umount's, of such a name ended umount with a traceback."""
     scene.mountpoint = scene.folder / os.fsdecode(b"m\xff\n\x85nt")
@@ -204,6 +228,7 @@ SCENARIOS = (
     another_environment,
     allow_other_is_not_allowed,
     no_fusermount,
+    no_room,
     name_that_is_no_utf8,
 )
 

@@ -44,6 +44,10 @@ def test_a_map_that_misses_nothing_exits_with_0(tmp_path: Path) -> None:
     facts = verify(make(tmp_path / "map", 3, 4, 7, 9, 40), live, reference, status=0)
     assert (facts["missed"], facts["missed_segments"], facts["missed_extents"]) == (0, 0, [])
     assert (facts["needless"], facts["needless_segments"]) == (2 * SEGMENT, 2)
+    assert facts["needless_extents"] == [
+        {"start": 7 * SEGMENT, "length": SEGMENT},
+        {"start": 9 * SEGMENT, "length": SEGMENT},
+    ]
     assert (facts["differing"], facts["dirty"]) == (2 * SEGMENT + 1000, 4 * SEGMENT + 1000)
 
 
@@ -68,12 +72,13 @@ def test_people_see_the_first_missed_extents(
     with live.open("r+b") as file:
         file.seek(40 * SEGMENT)
         file.write(bytes(1000))
-    path = make(tmp_path / "map")
+    path = make(tmp_path / "map", 5)
     assert cli.main(["verify", str(path), str(live), str(reference)]) == 1
     shown = capsys.readouterr().out
     assert f"missed at {2 * SEGMENT}: {SEGMENT}\n" in shown
-    assert shown.endswith("and 1 more extents missed (--json lists all)\n")
-    assert "needless: 0 (0 B), 0 segments\n" in shown
+    assert "and 1 more extents missed (--json lists all)\n" in shown
+    assert "needless: 65536 (64.0 KiB), 1 segments\n" in shown
+    assert shown.endswith(f"needless at {5 * SEGMENT}: {SEGMENT}\n")
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,9 @@ static struct outcome disk_lseek(struct worker *worker)
     if (in->offset >= size)
         return (struct outcome){.error = ENXIO};
     off_t found = lseek(worker->server->environment->live, (off_t)in->offset, (int)in->whence);
+    /* A block device knows no holes. A file without them is all data up to its end (lseek(2)). */
+    if (found < 0 && errno == EINVAL)
+        found = in->whence == SEEK_DATA ? (off_t)in->offset : (off_t)size;
     if (found < 0)
         return (struct outcome){.error = errno};
     if ((uint64_t)found >= size && in->whence == SEEK_DATA)

@@ -85,6 +85,36 @@ def test_random_operations_equal_a_model(
     assert it.live.read_bytes() == model.content
 
 
+def test_a_block_device_has_all_verbs(serve: Serve, workdir: pathlib.Path) -> None:
+    """In its sectors; it knows no holes, hence is all data, as a file without holes."""
+    numbers = random.Random(12)
+    size = SIZE // PAGE * PAGE
+    image = conftest.fill(workdir, size)
+    with qemu.loop_device(image) as device:
+        with serve(live=str(device)) as it:
+            model = oracle.ModelDisk.of(image, native.SEGMENT)
+            with opened(it.disk) as disk:
+                for _ in range(100):
+                    length = numbers.choice([512, 4096, 65536, 512 * numbers.randrange(1, 800)])
+                    start = numbers.randrange((size - length) // 512) * 512
+                    data = numbers.choice([bytes(length), numbers.randbytes(length)])
+                    model.write(start, data)
+                    if any(data):
+                        assert os.pwrite(disk, data, start) == length
+                    else:
+                        mode = numbers.choice([PUNCH_HOLE, ZERO_RANGE])
+                        fallocate(disk, mode | KEEP_SIZE, start, length)
+                    assert os.pread(disk, length, start) == data
+                assert os.lseek(disk, 0, os.SEEK_HOLE) == size
+                assert os.lseek(disk, PAGE, os.SEEK_DATA) == PAGE
+                assert refused(os.lseek, disk, size, os.SEEK_DATA) == errno.ENXIO
+                assert refused(fallocate, disk, PUNCH_HOLE | KEEP_SIZE, 1, 100) == errno.EINVAL
+                model.written.add(0)
+                os.fsync(disk)
+            assert it.end() == model.written
+    assert image.read_bytes() == model.content
+
+
 def test_reads_at_the_end_are_short_and_beyond_are_empty(mount: native.Native) -> None:
     """The size is the image's to the byte."""
     with opened(mount.disk, os.O_RDONLY) as disk:

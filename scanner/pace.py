@@ -10,8 +10,8 @@ from typing import Protocol
 # A rest is looked at anew this often (seconds), so that a guest falling idle frees the machine at once.
 LONGEST_REST = 0.25
 
-# A courtesy that allows nothing is asked again after this time (seconds).
-_ASK_AGAIN = 0.05
+# A courtesy that allows nothing is asked again after this time (seconds): some looks for each of its rests.
+_ASK_AGAIN = 0.02
 
 
 class Courtesy(Protocol):
@@ -49,18 +49,15 @@ class Pace:
         if self._rate is not None:
             self._paid = max(self._paid, now) + length / self._rate
 
-    def rest(self, took: float) -> float:
-        """Return how long a worker rests after `took` seconds of work to stay within its share."""
-        if self._courtesy is None:
-            return 0.0
-        share = self._courtesy.share()
-        if share <= 0:
-            return _ASK_AGAIN
-        return min(took * (1 - min(share, 1)) / share, LONGEST_REST)
+    def delay(self, now: float, ended: float = 0.0, took: float = 0.0) -> float:
+        """Return the seconds until a worker may take its next chunk, or asks again.
 
-    def delay(self, now: float, rested: float = 0.0) -> float:
-        """Return the seconds until a worker, whose rest is over at `rested`, may take its next chunk."""
-        wait = max(self._paid, rested) - now
-        if wait <= 0 and self._courtesy is not None and self._courtesy.share() <= 0:
-            return _ASK_AGAIN
+        Its last one took it `took` seconds and ended at `ended`.
+        """
+        wait = self._paid - now
+        if wait <= 0 and self._courtesy is not None:
+            share = self._courtesy.share()
+            if share <= 0:
+                return _ASK_AGAIN
+            wait = min(ended + took * (1 - share) / share - now, LONGEST_REST)
         return max(wait, 0.0)

@@ -212,26 +212,26 @@ class Scan:
                 self.decisions.granularity,
                 self._note_error,
             )
-            rested = 0.0
-            while (chunk := self._next(number, rested)) is not None:
+            ended = took = 0.0
+            while (chunk := self._next(number, ended, took)) is not None:
                 began = self._clock()
                 self._decide(chunk, desk)
-                now = self._clock()
+                ended = self._clock()
+                took = ended - began
                 with self._changed:
-                    self._meters["decided"].add(chunk.length, now)
-                    rested = now + self._pace.rest(now - began)
+                    self._meters["decided"].add(chunk.length, ended)
         except base.GoneError as error:
             self._fail(str(error.strerror or error), None)
         except BaseException as error:  # noqa: BLE001  # handed to run(), which raises it
             self._fail(f"{type(error).__name__}: {error}", error)
 
-    def _next(self, number: int, rested: float) -> plan.Run | None:
+    def _next(self, number: int, ended: float, took: float) -> plan.Run | None:
         """Wait until this thread may work and return its next chunk; None when it is to end."""
         with self._changed:
             while True:
                 if self._halted or number >= self._wanted:
                     return None
-                wait = None if self._paused else self._pace.delay(self._clock(), rested)
+                wait = None if self._paused else self._pace.delay(self._clock(), ended, took)
                 if wait == 0:
                     break
                 self._changed.wait(wait)

@@ -372,13 +372,13 @@ def _owner(live: base.Image) -> filesystem.Owner | None:
 
 
 def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:
-    """Return what judges the guest's requests: the latencies of its reads and writes, and its depth."""
+    """Return what judges the guest's requests: the latencies of its reads, writes and flushes, and its depth."""
 
-    def sample() -> courtesy.Histogram:
+    def sample() -> courtesy.Histograms:
         guest = way.recorder.statistics()
-        return guest.read.histogram + guest.write.histogram
+        return np.stack([kind.histogram for kind in (guest.read, guest.write, guest.flush)])
 
-    bounds = [float(recorder.bucket_end(bucket)) for bucket in range(recorder.BUCKETS)]
+    bounds = [recorder.bucket_end(bucket) / 1e9 for bucket in range(recorder.BUCKETS)]
     return courtesy.Courtesy(sample, np.array(bounds), depth=lambda: way.recorder.depth)
 
 

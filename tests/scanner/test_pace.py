@@ -21,7 +21,7 @@ def test_without_a_limit_nobody_waits() -> None:
     free = pace.Pace()
     free.charge(1 << 40, 0.0)
     assert free.delay(0.0) == 0
-    assert free.rest(5.0) == 0
+    assert free.delay(5.0, ended=5.0, took=5.0) == 0
 
 
 def test_a_limit_spreads_what_is_read_over_time() -> None:
@@ -63,9 +63,22 @@ def test_a_new_limit_holds_at_once() -> None:
 
 def test_a_share_of_a_quarter_rests_three_times_as_long_as_it_works() -> None:
     """The rest is what makes the work that share of the time."""
-    assert pace.Pace(courtesy=Share(0.25)).rest(0.01) == pytest.approx(0.03)
-    assert pace.Pace(courtesy=Share(1.0)).rest(0.01) == 0
-    assert pace.Pace(courtesy=Share(0.001)).rest(1.0) == pace.LONGEST_REST
+    quarter = pace.Pace(courtesy=Share(0.25))
+    assert quarter.delay(5.0, ended=5.0, took=0.01) == pytest.approx(0.03)
+    assert quarter.delay(5.02, ended=5.0, took=0.01) == pytest.approx(0.01)
+    assert quarter.delay(5.03, ended=5.0, took=0.01) == pytest.approx(0)
+    assert pace.Pace(courtesy=Share(1.0)).delay(5.0, ended=5.0, took=0.01) == 0
+
+
+def test_a_long_rest_is_looked_at_anew_but_not_cut_short() -> None:
+    """A chunk of 0.12 s at a twentieth is followed by 2.28 s. After a quarter of a second it went on all the same."""
+    courtesy = Share(0.05)
+    giving = pace.Pace(courtesy=courtesy)
+    assert giving.delay(5.0, ended=5.0, took=0.12) == pace.LONGEST_REST
+    assert giving.delay(6.0, ended=5.0, took=0.12) == pace.LONGEST_REST
+    assert giving.delay(7.2, ended=5.0, took=0.12) == pytest.approx(0.08)
+    courtesy.value = 1.0
+    assert giving.delay(5.25, ended=5.0, took=0.12) == 0
 
 
 def test_a_share_of_nothing_waits_until_it_changes() -> None:
@@ -73,14 +86,15 @@ def test_a_share_of_nothing_waits_until_it_changes() -> None:
     courtesy = Share(0.0)
     giving = pace.Pace(courtesy=courtesy)
     assert giving.delay(5.0) > 0
-    assert giving.rest(1.0) > 0
+    assert giving.delay(5.0, ended=5.0, took=1.0) > 0
     courtesy.value = 1.0
     assert giving.delay(5.0) == 0
 
 
-def test_a_rest_is_waited_for_even_without_a_limit() -> None:
+def test_a_rest_is_waited_for_within_a_limit() -> None:
     """A worker's own rest and the common limit: the longer one counts."""
-    limited = pace.Pace(100, Share(1.0))
-    assert limited.delay(1.0, rested=1.5) == pytest.approx(0.5)
+    limited = pace.Pace(100, Share(0.5))
+    assert limited.delay(1.0, ended=1.0, took=0.1) == pytest.approx(0.1)
     limited.charge(200, 1.0)
-    assert limited.delay(1.0, rested=1.5) == pytest.approx(2.0)
+    assert limited.delay(1.0, ended=1.0, took=0.1) == pytest.approx(2.0)
+    assert limited.delay(3.0, ended=1.0, took=0.1) == 0

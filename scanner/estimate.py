@@ -15,15 +15,15 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dirtymap import errors
 from dirtymap.images import base, same
-from scanner import plan, progress, reader
+from scanner import plan, progress, rates, reader, scan, stock
 
 CONFIDENCE = 0.95
 SAMPLES = 4000
@@ -31,11 +31,9 @@ SECONDS = 5.0
 
 # Requests in flight, for disks that need some to be quick.
 _THREADS = 4
-# Drawn at random, read in the disk's order: a whole batch or nothing, so that the time limit cannot choose.
+# Drawn at random, read in the disk's order: a whole batch or nothing, so that the time limit cannot choose. Fewer
+# at once where segments are large: a slow disk takes its time for a batch, too.
 _BATCH = 64
-# A place read in one go to see how fast a scan is.
-_PROBE = 8 * plan.CHUNK
-_PROBES = 24
 
 Clock = Callable[[], float]
 
@@ -58,8 +56,12 @@ class Estimate:
     high: float
     """The part of the disk that differs, with its interval."""
     unreadable: int
+    planning: float
+    """What asking for all the extents takes, which a scan does as well."""
     scan_rate: float | None
+    """Bytes of the disk that a scan reads, on as many sides as it must, and compares."""
     read_rate: float | None
+    """Bytes of the live disk's data read alone, as a full backup does, with as many threads."""
     took: float
 
     @property
@@ -76,28 +78,8 @@ class Estimate:
     def scan_seconds(self) -> float | None:
         """What a scan takes; None where there was too little to measure."""
         if not self.to_read:
-            return 0.0
-        return self.to_read / self.scan_rate if self.scan_rate else None
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """The runs that need reading, as numbered units to draw from."""
-
-    runs: tuple[plan.Run, ...]
-    ends: np.ndarray
-    unit: int
-
-    @property
-    def count(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def unit_at(self, number: int) -> tuple[int, int, plan.Kind]:
-        """Return (start, length, kind) of a unit by its number."""
-        at = int(np.searchsorted(self.ends, number, side="right"))
-        run = self.runs[at]
-        start = run.start + (number - (int(self.ends[at - 1]) if at else 0)) * self.unit
-        return start, min(self.unit, run.end - start), run.kind
+            return self.planning
+        return self.planning + self.to_read / self.scan_rate if self.scan_rate else None
 
 
 def estimate(
@@ -130,21 +112,28 @@ def estimate(
         without=without,
         clock=clock,
     )
-    known, runs = _runs(planned, live.size, began + seconds / 3, clock)
-    data = _data(live, began + seconds / 3, clock)
-    units = np.array([-(-run.length // unit) for run in runs], np.int64)
-    stock = _Stock(tuple(runs), np.cumsum(units), unit)
+    known, runs, planning = _runs(planned, live.size, began + seconds / 3, clock)
+    data, data_runs = _data(live, began + seconds / 3, clock)
+    units = stock.Stock.of(runs, unit)
     desk = _Desk(live, reference, granularity)
     try:
         drawn, differing = _sample(
-            desk, stock, samples, generator, clock() + max(seconds / 2, 0.1), clock
+            desk, units, samples, generator, clock() + max(seconds / 2, 0.1), clock
         )
-        scan_rate, read_rate = _rates(desk, stock, generator, seconds / 12, clock)
+        scan_rate = rates.comparing(
+            [desk.reader() for _ in range(scan.WORKERS)],
+            runs,
+            unit,
+            generator,
+            seconds / 12,
+            clock,
+        )
+        read_rate = rates.reading(live, data_runs, generator, seconds / 12, clock)
     except base.GoneError as error:
         raise errors.UserError(f"an image is gone: {errors.reason(error)}") from None
     part = (live.size - known) / live.size
     low, high = (
-        (differing / drawn,) * 2 if drawn and drawn == stock.count else interval(differing, drawn)
+        (differing / drawn,) * 2 if drawn and drawn == units.count else interval(differing, drawn)
     )
     return Estimate(
         size=live.size,
@@ -155,8 +144,9 @@ def estimate(
         drawn_differing=differing,
         low=low * part,
         share=differing / drawn * part if drawn else 0.0,
-        high=high * part if stock.count else 0.0,
+        high=high * part if units.count else 0.0,
         unreadable=desk.unreadable,
+        planning=planning,
         scan_rate=scan_rate,
         read_rate=read_rate,
         took=clock() - began,
@@ -165,8 +155,12 @@ def estimate(
 
 def _runs(
     planned: plan.Plan, size: int, deadline: float, clock: Clock
-) -> tuple[int, list[plan.Run]]:
-    """Return the bytes known to be equal, and the runs to read; what is not told in time is read."""
+) -> tuple[int, list[plan.Run], float]:
+    """Return the bytes known to be equal, the runs to read, and what asking for all of them takes.
+
+    What is not told in time is read, and taken to be as slow to tell.
+    """
+    began = clock()
     known, done = 0, 0
     runs: list[plan.Run] = []
     for run in planned.runs([(0, size)]):
@@ -177,23 +171,33 @@ def _runs(
             runs.append(run)
         if clock() >= deadline:
             break
+    planning = (clock() - began) * size / done
     if done < size:
         runs.append(plan.Run(done, size, plan.Kind.COMPARE))
-    return known, runs
+    return known, runs, planning
 
 
-def _data(live: base.Image, deadline: float, clock: Clock) -> int:
+def _data(live: base.Image, deadline: float, clock: Clock) -> tuple[int, list[plan.Run]]:
+    """Return how much of the live disk is not known to be zeros, and the runs that a full backup reads."""
     deadline = max(deadline, clock() + 0.1)
-    return live.size - sum(
-        found.length for found in live.extents(0, live.size, deadline) if found.zero
-    )
+    data = 0
+    runs: list[plan.Run] = []
+    for found in live.extents(0, live.size, deadline):
+        if found.zero:
+            continue
+        data += found.length
+        if runs and found.start - runs[-1].end < plan.LEAST_SAVING:
+            runs[-1] = replace(runs[-1], end=found.end)
+        else:
+            runs.append(plan.Run(found.start, found.end, plan.Kind.LIVE))
+    return data, runs
 
 
 class _Desk:
     """Readers, one a thread, and what they could not read."""
 
     def __init__(self, live: base.Image, reference: base.Image, granularity: int) -> None:
-        self.live = live
+        self._live = live
         self._reference = reference
         self._granularity = granularity
         self._local = threading.local()
@@ -204,90 +208,37 @@ class _Desk:
         with self._lock:
             self.unreadable += error.length
 
-    def differs(self, where: tuple[int, int, plan.Kind]) -> bool:
+    def reader(self) -> reader.Reader:
+        """Return a new reader, for one thread."""
+        return reader.Reader(self._live, self._reference, self._granularity, self._report)
+
+    def differs(self, run: plan.Run) -> bool:
         """Return whether anything in the run differs or cannot be read; raises GoneError."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = reader.Reader(
-                self.live, self._reference, self._granularity, self._report
-            )
-        return bool(self._local.reader.differing(*where).any())
+            self._local.reader = self.reader()
+        return bool(self._local.reader.differing(run.start, run.length, run.kind).any())
 
 
 def _sample(
     desk: _Desk,
-    stock: _Stock,
+    units: stock.Stock,
     samples: int,
     generator: random.Random,
     deadline: float,
     clock: Clock,
 ) -> tuple[int, int]:
     """Return how many units were drawn, and how many of them differ."""
-    numbers = generator.sample(range(stock.count), min(samples, stock.count))
+    numbers = generator.sample(range(units.count), min(samples, units.count))
+    size = max(_THREADS, min(_BATCH, plan.CHUNK // units.unit))
     drawn = differing = 0
     with futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="sample") as pool:
-        for first in range(0, len(numbers), _BATCH):
-            batch = sorted(numbers[first : first + _BATCH])
-            differing += sum(pool.map(desk.differs, map(stock.unit_at, batch)))
+        for first in range(0, len(numbers), size):
+            batch = sorted(numbers[first : first + size])
+            differing += sum(pool.map(desk.differs, map(units.piece, batch)))
             drawn += len(batch)
             if clock() >= deadline:
                 break
     return drawn, differing
-
-
-def _rates(
-    desk: _Desk, stock: _Stock, generator: random.Random, seconds: float, clock: Clock
-) -> tuple[float | None, float | None]:
-    """Return how fast both images are read and compared, and the live one alone, with two threads.
-
-    At different places: what was read once may come from the cache.
-    """
-    long = [run for run in stock.runs if run.length >= plan.CHUNK] or list(stock.runs)
-    if not long:
-        return None, None
-    buffers = threading.local()
-
-    def compare(run: plan.Run) -> int:
-        for start in range(run.start, run.end, plan.CHUNK):
-            desk.differs((start, min(plan.CHUNK, run.end - start), run.kind))
-        return run.length
-
-    def read(run: plan.Run) -> int:
-        if not hasattr(buffers, "memory"):
-            buffers.memory = memoryview(bytearray(_PROBE))
-        part = buffers.memory[: run.length]
-        try:
-            desk.live.read_into(run.start, part)
-        except base.GoneError:
-            raise
-        except OSError:
-            return 0
-        return run.length
-
-    return (
-        _rate(compare, _places(long, stock.unit, generator), seconds, clock),
-        _rate(read, _places(long, stock.unit, generator), seconds, clock),
-    )
-
-
-def _places(runs: Sequence[plan.Run], unit: int, generator: random.Random) -> list[plan.Run]:
-    places = []
-    for run in generator.choices(runs, weights=[run.length for run in runs], k=_PROBES):
-        room = max(0, run.length - _PROBE) // unit
-        start = run.start + generator.randint(0, room) * unit
-        places.append(plan.Run(start, min(start + _PROBE, run.end), run.kind))
-    return places
-
-
-def _rate(
-    work: Callable[[plan.Run], int], places: Sequence[plan.Run], seconds: float, clock: Clock
-) -> float | None:
-    began, done = clock(), 0
-    with futures.ThreadPoolExecutor(2, thread_name_prefix="rate") as pool:
-        for first in range(0, len(places), 2):
-            done += sum(pool.map(work, places[first : first + 2]))
-            if clock() - began >= seconds:
-                break
-    return done / max(clock() - began, 1e-6) or None
 
 
 def interval(hits: int, drawn: int, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -34,6 +34,7 @@ _EXTENT_SHARED = 0x2000
 _XFS, _BTRFS = 0x58465342, 0x9123683E
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 _HEADER = struct.Struct("=QQIIII")
 _EXTENT = np.dtype(
@@ -48,6 +49,11 @@ _EXTENT = np.dtype(
 )
 # Extents asked for at once: 56 KiB of answer.
 _ROOM = 1024
+
+# include/uapi/linux/fs.h: all three flags, the only combination that writes whatever is dirty (sync_file_range(2)).
+_SYNC_WRITE_AND_WAIT = 7
+# Written out between two looks at the clock. Where nothing is dirty, 1 TiB takes 12 ms.
+_PIECE = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +94,13 @@ def shared(fd: int, start: int, length: int, deadline: float) -> Iterator[Place]
     """Yield the places of [start, start + length) that are plain, written and shared, in order.
 
     What the file's writers have left in the page cache is written out first (FIEMAP_FLAG_SYNC): until
-    then a copy-on-write extent is told with its old place. Ends at `deadline` (time.monotonic()). Raises
-    OSError where the file system has no FIEMAP.
+    then a copy-on-write extent is told with its old place. Ends at `deadline` (time.monotonic()), or with
+    the piece that is being written then. Raises OSError where the file system has no FIEMAP.
     """
     end = start + length
+    if not _write_out(fd, deadline):
+        return
+    # This alone is trusted, and comes first. What was written before costs nothing more here.
     flags = _FLAG_SYNC
     while start < end and time.monotonic() < deadline:
         found = _ask(fd, start, end - start, flags)
@@ -114,6 +123,25 @@ def shared(fd: int, start: int, length: int, deadline: float) -> Iterator[Place]
         if int(found["flags"][-1]) & _EXTENT_LAST or behind <= start:
             return
         start = behind
+
+
+def _write_out(fd: int, deadline: float) -> bool:
+    """Write out in pieces what is dirty in the file, and return whether that was done before `deadline`.
+
+    The whole file: Linux writes out all of it for FIEMAP_FLAG_SYNC, whatever range is asked for
+    (fiemap_prep(); btrfs waits for all its ordered extents, too), and looks at no clock.
+    """
+    for start in range(0, os.fstat(fd).st_size, _PIECE):
+        if time.monotonic() >= deadline:
+            return False
+        _write_range(fd, start, _PIECE)
+    return True
+
+
+def _write_range(fd: int, start: int, length: int) -> None:
+    if _libc.sync_file_range(fd, start, length, _SYNC_WRITE_AND_WAIT) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _ask(fd: int, start: int, length: int, flags: int) -> np.ndarray:

@@ -48,9 +48,11 @@ class Reflinks:
 
     Why the map stays safe. One place holds one content, so that the bytes are equal at the moment when
     both files are there. The file system gives a writer of a shared place a new one, and the answer comes
-    after everything written before was put into its place (FIEMAP_FLAG_SYNC); what is written later is in
-    the write bitmap. The reference is asked before and after the live disk: where something moves its
-    places meanwhile (balancing, defragmenting), its two answers differ and nothing is concluded.
+    after everything written before was put into its place (FIEMAP_FLAG_SYNC, for the whole file with the
+    first question of each answer; that most was written out in pieces before only saves it time); what is
+    written later is in the write bitmap. The reference is asked before and after the live disk: where
+    something moves its places meanwhile (balancing, defragmenting), its two answers differ and nothing is
+    concluded.
     """
 
     reason = REFLINKS

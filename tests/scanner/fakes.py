@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in memory that do what real ones cannot be made to do at will: fail, stop, be written in between."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -108,6 +109,30 @@ class Gate:
         with self._condition:
             self._permits += permits
             self._condition.notify_all()
+
+
+class Clock:
+    """Time that passes only where somebody lets it."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        self._lock = threading.Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            return self._now
+
+    def pass_by(self, seconds: float) -> None:
+        with self._lock:
+            self._now += seconds
+
+
+def slow(clock: Clock, *, each: float = 0.0, rate: float = math.inf) -> Callable[[int, int], None]:
+    """Return an image's `before` by which each read takes so many seconds, and its bytes at `rate` more.
+
+    One after the other, however many threads read.
+    """
+    return lambda start, length: clock.pass_by(each + length / rate)
 
 
 def scan_threads() -> list[str]:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """FIEMAP: which extents may be believed."""
 
+import contextlib
+import errno
+import os
 import pathlib
 import time
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import numpy as np
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from dirtymap.images import fiemap
 
 BLOCK = 4096
+MIB = 1 << 20
 LAST, SHARED = 0x1, 0x2000
 FLAGS = {
     "unknown": 0x2,
@@ -27,6 +32,7 @@ FLAGS = {
 }
 
 Row = tuple[int, int, int, int]
+DirtyOpen = Callable[[int, set[int]], tuple["DirtyFile", int]]
 
 
 class FileSystem:
@@ -51,6 +57,13 @@ def places(
 ) -> list[fiemap.Place]:
     monkeypatch.setattr(fiemap, "_ask", FileSystem(rows, room))
     return list(fiemap.shared(-1, start, length, time.monotonic() + 60))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_dirty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of these ask about a file that is not there."""
+    if not {"dirty_file", "tmp_path"} & set(request.fixturenames):
+        monkeypatch.setattr(fiemap, "_write_out", lambda *_: True)
 
 
 def test_a_shared_extent_counts_cut_to_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +101,89 @@ def test_many_extents_are_asked_for_in_turns_and_synced_once(
     found = list(fiemap.shared(-1, 0, 100 * BLOCK, time.monotonic() + 60))
     assert [place.start for place in found] == [row[0] for row in rows]
     assert [flags for _, _, flags in system.asked] == [1] + [0] * (len(system.asked) - 1)
+
+
+class DirtyFile(FileSystem):
+    """A file with dirty pages, which take time to be written: a second for 100 MiB.
+
+    FIEMAP_FLAG_SYNC writes them all, as Linux does, whatever range is asked for.
+    """
+
+    def __init__(self, size: int, dirty: set[int]) -> None:
+        """`dirty` are numbers of MiB."""
+        super().__init__([(0, 1 << 40, size, SHARED | LAST)])
+        self._dirty = set(dirty)
+        self.now = 0.0
+        self.written: list[tuple[int, int]] = []
+        self.synced = 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def write_range(self, fd: int, start: int, length: int) -> None:
+        self.written.append((start, length))
+        found = {at for at in self._dirty if start <= at * MIB < start + length}
+        self._dirty -= found
+        self.now += len(found) / 100
+
+    def __call__(self, fd: int, start: int, length: int, flags: int) -> np.ndarray:
+        if flags & 1:
+            self.synced = len(self._dirty)
+            self.now += len(self._dirty) / 100
+            self._dirty.clear()
+        return super().__call__(fd, start, length, flags)
+
+
+@pytest.fixture
+def dirty_file(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[DirtyOpen]:
+    """A function that opens one and returns it with its descriptor."""
+    with contextlib.ExitStack() as stack:
+
+        def make(size: int, dirty: set[int]) -> tuple[DirtyFile, int]:
+            system = DirtyFile(size, dirty)
+            monkeypatch.setattr(fiemap, "_ask", system)
+            monkeypatch.setattr(fiemap, "_write_range", system.write_range, raising=False)
+            monkeypatch.setattr(fiemap, "time", system)
+            stream = stack.enter_context(open(tmp_path / "file", "wb"))
+            stream.truncate(size)
+            return system, stream.fileno()
+
+        yield make
+
+
+def test_what_is_dirty_is_written_in_pieces_with_looks_at_the_clock(dirty_file: DirtyOpen) -> None:
+    """The kernel looks at none: 800 MiB took 3.4 s where one was allowed, and no other thread got a chunk."""
+    system, fd = dirty_file(1 << 30, set(range(800)))
+    assert list(fiemap.shared(fd, 0, 1 << 30, deadline=1.0)) == []
+    assert system.now == pytest.approx(1.28)
+    assert system.asked == []
+    # Next time there is less of it.
+    assert list(fiemap.shared(fd, 0, 1 << 30, deadline=10.0)) == [fiemap.Place(0, 1 << 30, 1 << 40)]
+    assert system.now == pytest.approx(8.0)
+
+
+def test_the_whole_file_is_written_before_any_of_it_is_asked_for(dirty_file: DirtyOpen) -> None:
+    """FIEMAP_FLAG_SYNC would write what lies elsewhere, too; it stays, and finds nothing left."""
+    system, fd = dirty_file((1 << 30) + 5, {0, 700, 1024})
+    assert list(fiemap.shared(fd, MIB, MIB, deadline=60.0)) == [
+        fiemap.Place(MIB, 2 * MIB, (1 << 40) + MIB)
+    ]
+    assert [start for start, _ in system.written] == list(range(0, (1 << 30) + 5, 128 * MIB))
+    assert {length for _, length in system.written} == {128 * MIB}
+    assert system.asked == [(MIB, MIB, 1)]
+    assert system.synced == 0
+
+
+def test_a_file_that_cannot_be_written_out_is_an_error() -> None:
+    """Told by errno, as where there is no FIEMAP: nothing is known without it."""
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(OSError) as caught:
+            fiemap._write_range(reading, 0, BLOCK)
+        assert caught.value.errno == errno.ESPIPE
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_it_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a mount are killed while a guest writes: no I/O error, nothing lost, no segment missed."""
 
+import json
 import os
 import pathlib
 import signal
@@ -155,6 +156,32 @@ def test_a_session_that_cannot_go_on_leaves_the_disk(tmp_path: Path, mountpoint:
         assert killing.pid_of(mount) != session
         command.until_state(mount, "complete")
         assert command.status(mount)["written"] == 3 * SEGMENT
+
+
+def test_adopting_by_hand(tmp_path: Path, mountpoint: Path) -> None:
+    """Where the keeper starts no session, the command does: of the same scan and the same map."""
+    live, reference = images.pair(tmp_path, 4 * MIB, changed=[3])
+    output = tmp_path / "map.qcow2"
+    options = ["--datapath", "native", "--output", output]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        dead = command.until_state(mount, "complete")
+        with open(mount / "disk", "r+b", buffering=0) as disk:
+            with killing.shared_memory(mount) as memory:
+                memory.write_restart([])
+                os.kill(dead["pid"], signal.SIGKILL)
+                os.pwrite(disk.fileno(), b"without a session", 20 * SEGMENT)
+                adopted = json.loads(command.posthoc("mount", "--adopt", mount, "--json").stdout)
+                # Nobody but the command has started it.
+                assert memory.header.sessions == 0
+            os.pwrite(disk.fileno(), b"with the next one", 40 * SEGMENT)
+            os.fsync(disk.fileno())
+        status = command.until_state(mount, "complete")
+        assert status["pid"] == adopted["pid"] != dead["pid"]
+        assert status["since"] == dead["since"]
+        # The next death is the keeper's again.
+        killing.kill_session(mount)
+        command.posthoc("wait", mount)
+    assert qemu.dirty_segments(output, SEGMENT) == {3, 20, 40}
 
 
 def test_adopting_nothing_is_one_line(tmp_path: Path) -> None:

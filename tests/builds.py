@@ -17,9 +17,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sanitized = pytest.mark.parametrize("variant", ["product", "thread", "address"])
 
 
-_REPORT = "sanitizer"
-
-
 @functools.cache
 def _folder() -> pathlib.Path:
     folder = tempfile.mkdtemp(prefix="posthoc-builds-")
@@ -33,22 +30,6 @@ def datapath(variant: str) -> pathlib.Path:
     program = _folder() / variant
     subprocess.run([ROOT / "scripts" / "build-datapath", variant, program], check=True)
     return program
-
-
-def reporting(variant: str, folder: pathlib.Path) -> dict[str, str]:
-    """Return what to add to the environment for that build, whose reports are then in `folder`: see `check_folder`.
-
-    For programs whose standard error goes elsewhere.
-    """
-    words = f"log_path={folder / _REPORT}"
-    names = ("TSAN_OPTIONS", "ASAN_OPTIONS", "UBSAN_OPTIONS")
-    return {"POSTHOC_DATAPATH": str(datapath(variant)), **dict.fromkeys(names, words)}
-
-
-def check_folder(folder: pathlib.Path) -> None:
-    """Fail with the first report there is in `folder`."""
-    for report in folder.glob(f"{_REPORT}.*"):
-        raise AssertionError(report.read_text())
 
 
 def check(log: str) -> None:

@@ -71,12 +71,11 @@ class Turns:
 
     def kill(self, role: str) -> None:
         """Kill -9 who has `role` now, and return when another one has it and nobody is missing."""
+        old = self._wait_until_complete()[role]
+        os.kill(old, signal.SIGKILL)
+        wait.until(lambda: self._wait_until_complete()[role] != old, f"the next {role}")
         if role == "session":
-            kill_session(self._mountpoint)
-        else:
-            old = self._wait_until_complete()[role]
-            os.kill(old, signal.SIGKILL)
-            wait.until(lambda: self._wait_until_complete()[role] != old, f"the next {role}")
+            assert pid_of(self._mountpoint) == self._wait_until_complete()[role]
         self.killed[role] += 1
 
     def kill_while(self, goes_on: Callable[[], bool]) -> None:

@@ -278,9 +278,12 @@ def test_fio_verifies_across_kills(tmp_path: Path, mountpoint: Path) -> None:
             cwd=tmp_path,
             text=True,
         )
-        with killing.turns(mount) as turns:
-            turns.kill_while(lambda: fio.poll() is None)
-        said, _ = fio.communicate()
+        try:
+            with killing.turns(mount) as turns:
+                turns.kill_while(lambda: fio.poll() is None)
+        finally:
+            fio.kill()
+            said, _ = fio.communicate()
         assert fio.returncode == 0, said
         assert command.status(mount)["guest"]["writes"]["errors"] == 0
 

@@ -2,6 +2,7 @@
 """Beginning and end of a mount: refused in one line, or gone when its process is."""
 
 import errno
+import itertools
 import mmap
 import os
 import pathlib
@@ -236,7 +237,16 @@ def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
         assert mount.written() == {3}
 
 
-def test_signal_under_load(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("datapath", "number"),
+    [
+        *itertools.product(["python", "native"], [signal.SIGTERM, signal.SIGINT]),
+        ("forward", signal.SIGTERM),
+    ],
+    indirect=["datapath"],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
+)
+def test_signal_under_load(serve: Serve, number: signal.Signals) -> None:
     """Writers that never stop get an error in the end, and what changed is in the bitmap."""
     with serve() as mount:
         before = mount.live.read_bytes()
@@ -262,7 +272,8 @@ def test_signal_under_load(serve: Serve) -> None:
                 assert writer.stdout is not None
                 assert writer.stdout.readline() == b"begun\n"
             wait.until(lambda: len(mount.written()) > 20, "writes arrive")
-            assert mount.terminate() == 0
+            mount.process.send_signal(number)
+            assert mount.end() == 0
             assert not mount.is_mounted()
             assert [writer.wait(wait.DEADLINE) for writer in writers] == [1, 1, 1]
         finally:

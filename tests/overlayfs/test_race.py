@@ -65,7 +65,7 @@ def test_thousands_of_writes_of_several_processes(
     race(serve, tmp_path, granularity)
 
 
-@pytest.mark.parametrize("datapath", ["native"], indirect=True)
+@pytest.mark.parametrize("datapath", ["native", "forward"], indirect=True)
 @pytest.mark.parametrize("variant", ["thread", "address"])
 def test_the_race_under_sanitizers(serve: Serve, tmp_path: pathlib.Path) -> None:
     """The same, and the server's threads race with nobody but the guest."""

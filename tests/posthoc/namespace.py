@@ -6,9 +6,11 @@ machine's own stay what they are, and no other test meets a mount whose name is 
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -99,6 +101,10 @@ class Scene:
             status=status,
         )
 
+    def pid(self) -> int:
+        """Return the session that answers."""
+        return int(json.loads(self.user("cat", self.mountpoint / "status.json").stdout)["pid"])
+
     def dirty(self) -> set[int]:
         return qemu.dirty_segments(self.map, SEGMENT)
 
@@ -113,6 +119,22 @@ def session(scene: Scene) -> None:
         scene.posthoc("umount", scene.mountpoint)
     assert scene.dirty() == {3, 7}
     assert scene.map.stat().st_uid == NOBODY
+
+
+def killed_session(scene: Scene) -> None:
+    """A user's session that is killed is replaced by another of the user's, and nothing is lost."""
+    with scene.mounted("--datapath", "native", "--output", scene.map):
+        scene.posthoc("wait", scene.mountpoint)
+        scene.write(7)
+        for segment in (9, 11):
+            dead = scene.pid()
+            os.kill(dead, signal.SIGKILL)
+            scene.write(segment)
+            assert scene.pid() != dead
+            assert os.stat(f"/proc/{scene.pid()}").st_uid == NOBODY
+        scene.posthoc("wait", scene.mountpoint)
+        scene.posthoc("umount", scene.mountpoint)
+    assert scene.dirty() == {3, 7, 9, 11}
 
 
 def read_only(scene: Scene) -> None:
@@ -223,6 +245,7 @@ def name_that_is_no_utf8(scene: Scene) -> None:
 
 SCENARIOS = (
     session,
+    killed_session,
     read_only,
     root_unmounts,
     another_environment,

@@ -12,7 +12,7 @@ import pytest
 from tests import builds, command, qemu, wait
 from tests.posthoc import images
 from tests.posthoc.images import SEGMENT
-from tests.scenarios import test_deaths
+from tests.scenarios import killing
 
 Path = pathlib.Path
 
@@ -167,7 +167,7 @@ def test_cache(workdir: Path, mountpoint: Path, cache: str) -> None:
     """The server has the disk open around the page cache too, and a guest's aligned requests go that way."""
     live, reference = images.pair(workdir)
     with command.mounted(live, reference, mountpoint, "--paused", "--cache", cache) as mount:
-        flags = [descriptors(pid, live) for pid in test_deaths.natives(mount)]
+        flags = [descriptors(pid, live) for pid in killing.natives(mount)]
         assert len(flags) == 3
         assert all(
             (os.O_DIRECT in [f & os.O_DIRECT for f in one]) == (cache == "none") for one in flags
@@ -188,14 +188,14 @@ def test_a_stopped_keeper_does_not_hold_up_the_end(tmp_path: Path, mountpoint: P
     )
     command.until_state(mountpoint, "complete")
     images.overwrite(mountpoint / "disk", 0, b"new")
-    processes = test_deaths.natives(mountpoint)
+    processes = killing.natives(mountpoint)
     keeper = min(processes)
     os.kill(keeper, signal.SIGSTOP)
     began = time.monotonic()
     command.posthoc("umount", mountpoint)
     assert time.monotonic() - began < 30
     assert qemu.dirty_segments(output, SEGMENT) == {0, 3}
-    wait.until(lambda: not test_deaths.natives(mountpoint), "nothing is left")
+    wait.until(lambda: not killing.natives(mountpoint), "nothing is left")
     # The disk is free for others.
     qemu.io(live, "read 0 512")
 
@@ -209,11 +209,11 @@ def test_a_stopped_keeper_does_not_hold_up_a_signal(tmp_path: Path, mountpoint: 
     )
     try:
         wait.until((mountpoint / "disk").exists, "it answers")
-        os.kill(min(test_deaths.natives(mountpoint)), signal.SIGSTOP)
+        os.kill(min(killing.natives(mountpoint)), signal.SIGSTOP)
         session.terminate()
         assert session.wait(30) == 0
         assert not command.is_mounted(mountpoint)
-        assert not test_deaths.natives(mountpoint)
+        assert not killing.natives(mountpoint)
     finally:
         session.kill()
         session.communicate()

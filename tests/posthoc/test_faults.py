@@ -248,11 +248,15 @@ def test_an_output_that_could_not_be_written(tmp_path: Path, mountpoint: Path, o
     refused("--output", tmp_path / output, live, reference, mountpoint=mountpoint)
 
 
-def test_a_full_output_disk(tmp_path: Path, mountpoint: Path, full_disk: Path) -> None:
+def test_a_full_output_disk(
+    tmp_path: Path, mountpoint: Path, full_disk: Path, datapath: str
+) -> None:
     """The mount goes on, the status says it, umount exits with 2, and nothing half-written stays."""
     live, reference = images.pair(tmp_path, changed=[1])
     output = full_disk / "map.qcow2"
-    command.posthoc("mount", live, reference, mountpoint, "--output", output)
+    command.posthoc(
+        "mount", "--datapath", datapath, live, reference, mountpoint, "--output", output
+    )
     assert command.until_state(mountpoint, "complete")["dirty"] == SEGMENT
     assert qemu.dirty_segments(mountpoint / "dirty.qcow2", SEGMENT) == {1}
     ended = command.posthoc("umount", mountpoint, status=2)

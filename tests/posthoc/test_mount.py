@@ -58,14 +58,13 @@ def test_mount_scan_write_umount(tmp_path: Path, mountpoint: Path, datapath: str
 
 @pytest.mark.parametrize("granularity", [512, 4096, 2 * MIB])
 def test_a_quiet_map_is_exact_at_every_granularity(
-    tmp_path: Path, mountpoint: Path, granularity: int
+    tmp_path: Path, mountpoint: Path, datapath: str, granularity: int
 ) -> None:
     live, reference = images.pair(tmp_path, 5 * MIB - 700, changed=[0, 7, 8, 79])
     output = tmp_path / "map.qcow2"
-    with command.mounted(
-        live, reference, mountpoint, "--granularity", str(granularity), "--output", output
-    ) as mount:
-        command.posthoc("wait", mount)
+    options = ["--granularity", str(granularity), "--datapath", datapath, "--output", output]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        command.until_state(mount, "complete")
     expected = oracle.differing(live, reference, granularity)
     assert len(expected) > 1
     assert qemu.dirty_segments(output, granularity) == expected
@@ -108,15 +107,15 @@ def test_status_has_latencies_and_the_depth(
         assert "depth: 0\n" in (mount / "status").read_text()
 
 
-def test_a_map_is_valid_at_every_moment(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_map_is_valid_at_every_moment(tmp_path: Path, mountpoint: Path, datapath: str) -> None:
     """Before the scan has begun everything is dirty; an open dirty.qcow2 does not change."""
     live, reference = images.pair(tmp_path)
-    with command.mounted(live, reference, mountpoint, "--paused") as mount:
+    with command.mounted(live, reference, mountpoint, "--paused", "--datapath", datapath) as mount:
         everything = set(range(64))
         with open(mount / "dirty.qcow2", "rb") as early:
             begin = early.read()
             command.control(mount, "resume")
-            command.posthoc("wait", mount)
+            command.until_state(mount, "complete")
             early.seek(0)
             assert early.read() == begin
         (tmp_path / "early.qcow2").write_bytes(begin)
@@ -125,9 +124,12 @@ def test_a_map_is_valid_at_every_moment(tmp_path: Path, mountpoint: Path) -> Non
         qemu.check(mount / "dirty.qcow2")
 
 
-def test_control_pauses_cancels_scans_again_and_bounds(tmp_path: Path, mountpoint: Path) -> None:
+def test_control_pauses_cancels_scans_again_and_bounds(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
     live, reference = images.pair(tmp_path, changed=[5])
-    with command.mounted(live, reference, mountpoint, "--paused", "--rate", "1M") as mount:
+    options = ["--paused", "--rate", "1M", "--datapath", datapath]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
         command.control(mount, "rate 2M\nworkers 3\npacing off")
         assert "pacing: off\n" in (mount / "status").read_text()
         command.control(mount, "pacing on")
@@ -190,21 +192,27 @@ def test_what_a_guest_has_read_stays_in_the_page_cache(
         assert set(range(MIB // mmap.PAGESIZE)) <= pages.resident(live)
 
 
-def test_a_longer_live_disk_is_compared_with_zeros(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_longer_live_disk_is_compared_with_zeros(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
     live, reference = images.pair(tmp_path)
     os.truncate(live, 4 * MIB + 3 * SEGMENT)
     images.overwrite(live, 4 * MIB + SEGMENT, b"x")
-    with command.mounted(live, reference, mountpoint) as mount:
+    with command.mounted(live, reference, mountpoint, "--datapath", datapath) as mount:
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
 
 
-def test_a_shorter_live_disk_needs_a_word(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_shorter_live_disk_needs_a_word(tmp_path: Path, mountpoint: Path, datapath: str) -> None:
     live, reference = images.pair(tmp_path, changed=[2])
     os.truncate(live, 3 * MIB)
-    refused = command.posthoc("mount", live, reference, mountpoint, status=2)
+    refused = command.posthoc(
+        "mount", "--datapath", datapath, live, reference, mountpoint, status=2
+    )
     assert "--allow-shrunk" in refused.stderr
     assert not command.is_mounted(mountpoint)
-    with command.mounted(live, reference, mountpoint, "--allow-shrunk") as mount:
+    with command.mounted(
+        live, reference, mountpoint, "--allow-shrunk", "--datapath", datapath
+    ) as mount:
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
 
 
@@ -330,18 +338,24 @@ def test_a_granularity_that_no_map_file_holds(
     assert not command.is_mounted(mountpoint)
 
 
-def test_a_scan_cut_short_costs_precision_only(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_scan_cut_short_costs_precision_only(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
     live, reference = images.pair(tmp_path, changed=[4])
     output = tmp_path / "map.qcow2"
-    with command.mounted(live, reference, mountpoint, "--paused", "--output", output):
+    with command.mounted(
+        live, reference, mountpoint, "--paused", "--datapath", datapath, "--output", output
+    ):
         assert not output.exists()
     assert qemu.dirty_segments(output, SEGMENT) == set(range(64))
 
 
-def test_foreground_stays_until_it_is_unmounted(tmp_path: Path, mountpoint: Path) -> None:
+def test_foreground_stays_until_it_is_unmounted(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
     live, reference = images.pair(tmp_path)
     session = subprocess.Popen(
-        command.words("mount", "--foreground", live, reference, mountpoint),
+        command.words("mount", "--foreground", "--datapath", datapath, live, reference, mountpoint),
         env=command.environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -399,10 +413,14 @@ def test_umount_names_a_loop_device(tmp_path: Path, mountpoint: Path) -> None:
             assert f"is in use by {device}:" in command.posthoc("umount", mount, status=2).stderr
 
 
-def test_a_lazy_umount_goes_on_until_the_last_close(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_lazy_umount_goes_on_until_the_last_close(
+    tmp_path: Path, mountpoint: Path, datapath: str
+) -> None:
     live, reference = images.pair(tmp_path)
     output = tmp_path / "map.qcow2"
-    command.posthoc("mount", live, reference, mountpoint, "--output", output)
+    command.posthoc(
+        "mount", "--datapath", datapath, live, reference, mountpoint, "--output", output
+    )
     command.until_state(mountpoint, "complete")
     pid = session_pid(mountpoint)
     with open(mountpoint / "disk", "r+b", buffering=0) as disk:

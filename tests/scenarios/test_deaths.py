@@ -1,56 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a mount are killed while a guest writes: no I/O error, nothing lost, no segment missed."""
 
-import contextlib
+import json
 import os
 import pathlib
 import signal
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
 
-from overlayfs.datapath import shared
 from tests import builds, command, oracle, qemu, wait
 from tests.posthoc import images
 from tests.posthoc.images import MIB, SEGMENT
-from tests.scenarios import test_race
+from tests.scenarios import killing, test_race
+from tests.vm import guest
 
 Path = pathlib.Path
-
-
-def pid_of(mountpoint: Path) -> int:
-    return int(command.status(mountpoint)["pid"])
-
-
-def kill_session(mountpoint: Path) -> None:
-    """Kill the session and wait until another one answers."""
-    replace_session(mountpoint, lambda: None)
-
-
-def replace_session(mountpoint: Path, change: Callable[[], object]) -> None:
-    """Kill the session with `change` done before the next one looks, and wait until that answers."""
-    pid = pid_of(mountpoint)
-    os.kill(pid, signal.SIGSTOP)
-    change()
-    os.kill(pid, signal.SIGKILL)
-    wait.until(lambda: pid_of(mountpoint) != pid, "the next session answers")
-
-
-def natives(mountpoint: Path) -> list[int]:
-    """The processes of the mount's data path: keeper, standby and server."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            held = {os.readlink(fd) for fd in (process / "fd").iterdir()}
-        except OSError:
-            continue
-        ours = b"keeper" in words and words[0].endswith(b"posthoc-datapath")
-        if ours and str(mountpoint.parent / "live.raw") in held:
-            found.append(int(process.name))
-    return found
 
 
 def test_a_killed_session_is_replaced_and_goes_on(tmp_path: Path, mountpoint: Path) -> None:
@@ -64,7 +31,7 @@ def test_a_killed_session_is_replaced_and_goes_on(tmp_path: Path, mountpoint: Pa
         with open(mount / "disk", "r+b", buffering=0) as disk:
             disk.seek(20 * SEGMENT)
             disk.write(b"before")
-            kill_session(mount)
+            killing.kill_session(mount)
             disk.seek(40 * SEGMENT)
             disk.write(b"behind")
             os.fsync(disk.fileno())
@@ -85,7 +52,7 @@ def test_a_scan_goes_on_where_its_session_died(tmp_path: Path, mountpoint: Path)
         command.control(mount, "resume")
         wait.until(lambda: command.status(mount)["scanned"] >= 2 * MIB, "a part is scanned")
         command.control(mount, "pause")
-        kill_session(mount)
+        killing.kill_session(mount)
         status = command.status(mount)
         assert status["state"] == "paused"
         assert status["scanned"] >= 2 * MIB
@@ -98,7 +65,7 @@ def test_a_cancelled_scan_stays_cancelled(tmp_path: Path, mountpoint: Path) -> N
     with command.mounted(live, reference, mountpoint, "--datapath", "native", "--paused") as mount:
         command.control(mount, "cancel")
         command.until_state(mount, "cancelled")
-        kill_session(mount)
+        killing.kill_session(mount)
         assert command.until_state(mount, "cancelled")["dirty"] == 4 * MIB
 
 
@@ -121,7 +88,7 @@ def test_a_reference_that_has_changed_is_not_trusted(
 
     with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
         assert command.until_state(mount, "complete")["dirty"] == 0
-        replace_session(mount, change)
+        killing.replace_session(mount, change)
         if how == "gone":
             assert command.until_state(mount, "failed")["dirty"] == 2 * MIB
             assert (mount / "disk").read_bytes() == live.read_bytes()
@@ -138,9 +105,9 @@ def test_a_reference_that_comes_back_is_compared_again(tmp_path: Path, mountpoin
     second.write_bytes(live.read_bytes())
     with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
-        replace_session(mount, lambda: second.rename(reference))
+        killing.replace_session(mount, lambda: second.rename(reference))
         assert command.until_state(mount, "complete")["dirty"] == 0
-        replace_session(mount, lambda: first.rename(reference))
+        killing.replace_session(mount, lambda: first.rename(reference))
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
 
 
@@ -154,7 +121,7 @@ def test_a_reference_whose_backing_file_has_changed_is_not_trusted(
     names = (live, f"qcow2:{overlay}", mountpoint)
     with command.mounted(*names, "--datapath", "native") as mount:
         assert command.until_state(mount, "complete")["dirty"] == 0
-        replace_session(mount, lambda: images.overwrite(reference, 5 * SEGMENT, b"changed"))
+        killing.replace_session(mount, lambda: images.overwrite(reference, 5 * SEGMENT, b"changed"))
         assert command.until_state(mount, "complete")["dirty"] == SEGMENT
 
 
@@ -170,8 +137,11 @@ def test_a_session_that_cannot_go_on_leaves_the_disk(tmp_path: Path, mountpoint:
     """Whatever makes Python give up (here: what its predecessor left is of another version), the guest goes on."""
     live, reference = images.pair(tmp_path, 4 * MIB)
     with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
-        with open(mount / "disk", "r+b", buffering=0) as disk, shared_memory(mount) as memory:
-            session = pid_of(mount)
+        with (
+            open(mount / "disk", "r+b", buffering=0) as disk,
+            killing.shared_memory(mount) as memory,
+        ):
+            session = killing.pid_of(mount)
             left = memory.session
             memory.write_session(b'{"of": "another version"}')
             os.kill(session, signal.SIGKILL)
@@ -183,22 +153,35 @@ def test_a_session_that_cannot_go_on_leaves_the_disk(tmp_path: Path, mountpoint:
             os.fsync(disk.fileno())
             memory.write_session(left)
         # Only the next session can answer.
-        assert pid_of(mount) != session
+        assert killing.pid_of(mount) != session
         command.until_state(mount, "complete")
         assert command.status(mount)["written"] == 3 * SEGMENT
 
 
-@contextlib.contextmanager
-def shared_memory(mountpoint: Path) -> Iterator[shared.Memory]:
-    """What the mount's processes share, from one of them."""
-    for fd in Path(f"/proc/{natives(mountpoint)[0]}/fd").iterdir():
-        if os.readlink(fd).startswith("/memfd:posthoc"):
-            memory = shared.Memory(os.open(fd, os.O_RDWR))
-            break
-    try:
-        yield memory
-    finally:
-        memory.close()
+def test_adopting_by_hand(tmp_path: Path, mountpoint: Path) -> None:
+    """Where the keeper starts no session, the command does: of the same scan and the same map."""
+    live, reference = images.pair(tmp_path, 4 * MIB, changed=[3])
+    output = tmp_path / "map.qcow2"
+    options = ["--datapath", "native", "--output", output]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        dead = command.until_state(mount, "complete")
+        with open(mount / "disk", "r+b", buffering=0) as disk:
+            with killing.shared_memory(mount) as memory:
+                memory.write_restart([])
+                os.kill(dead["pid"], signal.SIGKILL)
+                os.pwrite(disk.fileno(), b"without a session", 20 * SEGMENT)
+                adopted = json.loads(command.posthoc("mount", "--adopt", mount, "--json").stdout)
+                # Nobody but the command has started it.
+                assert memory.header.sessions == 0
+            os.pwrite(disk.fileno(), b"with the next one", 40 * SEGMENT)
+            os.fsync(disk.fileno())
+        status = command.until_state(mount, "complete")
+        assert status["pid"] == adopted["pid"] != dead["pid"]
+        assert status["since"] == dead["since"]
+        # The next death is the keeper's again.
+        killing.kill_session(mount)
+        command.posthoc("wait", mount)
+    assert qemu.dirty_segments(output, SEGMENT) == {3, 20, 40}
 
 
 def test_adopting_nothing_is_one_line(tmp_path: Path) -> None:
@@ -220,16 +203,8 @@ def test_everything_is_killed_in_turns_under_writers(tmp_path: Path, mountpoint:
                 test_race.writer(disk, size, 2, "direct"),
                 test_race.writer(device, size, 3, "mmap"),
             ]
-            killed = 0
-            while any(writer.poll() is None for writer in writers) or killed < 6:
-                for pid in natives(mount):
-                    os.kill(pid, signal.SIGKILL)
-                    killed += 1
-                    wait.until(
-                        lambda: len(natives(mount)) == 3, "keeper, standby and server are back"
-                    )
-                kill_session(mount)
-                killed += 1
+            with killing.turns(mount) as turns:
+                turns.kill_while(lambda: any(writer.poll() is None for writer in writers))
             assert [writer.wait() for writer in writers] == [0, 0, 0]
         command.control(mount, "rate none")
         command.until_state(mount, "complete")
@@ -238,22 +213,26 @@ def test_everything_is_killed_in_turns_under_writers(tmp_path: Path, mountpoint:
 
 
 def test_status_answers_within_a_second_after_a_kill(tmp_path: Path, mountpoint: Path) -> None:
-    """A busy machine may take longer now and then: of some kills one is answered as fast as promised."""
+    """The median of five kills: a busy machine may take longer now and then."""
     live, reference = images.pair(tmp_path)
 
-    def answered_after() -> float:
-        os.kill(pid_of(mountpoint), signal.SIGKILL)
+    def answered_after(mount: Path) -> float:
+        dead = killing.pid_of(mount)
+        os.kill(dead, signal.SIGKILL)
         began = time.monotonic()
-        subprocess.run(["cat", mountpoint / "status"], check=True, stdout=subprocess.DEVNULL)
-        return time.monotonic() - began
+        subprocess.run(["cat", mount / "status"], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - began
+        assert killing.pid_of(mount) != dead
+        return seconds
 
-    with command.mounted(live, reference, mountpoint, "--datapath", "native"):
-        wait.until(lambda: answered_after() < 1.0, "a status within a second")
+    with command.mounted(live, reference, mountpoint, "--datapath", "native") as mount:
+        seconds = [answered_after(mount) for _ in range(5)]
+    assert statistics.median(seconds) < 1.0, seconds
 
 
 def test_a_file_system_outlives_every_death(tmp_path: Path, mountpoint: Path) -> None:
     """ext4 on a loop device over the disk, written and synced while processes are killed: sound, whole, no segment
-    missed."""
+    missed. 104 kills, eight of them of the session."""
     live, reference = images.pair(tmp_path, 48 * MIB)
     output = tmp_path / "map.qcow2"
     files = {f"file {number}": os.urandom(700_000 + number) for number in range(24)}
@@ -261,18 +240,18 @@ def test_a_file_system_outlives_every_death(tmp_path: Path, mountpoint: Path) ->
     with command.mounted(live, reference, mountpoint, *options, "--output", output) as mount:
         with qemu.loop_device(mount / "disk", direct=True) as device:
             qemu.mkfs_ext4(device)
-            with qemu.mounted(device, tmp_path / "inside") as inside:
+            with (
+                qemu.mounted(device, tmp_path / "inside") as inside,
+                killing.turns(mount) as turns,
+            ):
                 for number, (name, content) in enumerate(files.items()):
                     (inside / name).write_bytes(content)
                     syncing = subprocess.Popen(["sync", "-f", inside])
-                    for pid in natives(mount)[: 1 + number % 2]:
-                        os.kill(pid, signal.SIGKILL)
-                    if number % 6 == 5:
-                        kill_session(mount)
+                    for role in ["server", "keeper", "standby", "server"]:
+                        turns.kill(role)
+                    if number % 3 == 2:
+                        turns.kill("session")
                     assert syncing.wait(60) == 0
-                    wait.until(
-                        lambda: len(natives(mount)) == 3, "keeper, standby and server are back"
-                    )
             qemu.fsck_ext4(device)
             with qemu.mounted(device, tmp_path / "inside", "ro") as inside:
                 assert all((inside / name).read_bytes() == files[name] for name in files)
@@ -299,11 +278,12 @@ def test_fio_verifies_across_kills(tmp_path: Path, mountpoint: Path) -> None:
             cwd=tmp_path,
             text=True,
         )
-        while fio.poll() is None:
-            for pid in natives(mount):
-                os.kill(pid, signal.SIGKILL)
-                wait.until(lambda: len(natives(mount)) == 3, "keeper, standby and server are back")
-        said, _ = fio.communicate()
+        try:
+            with killing.turns(mount) as turns:
+                turns.kill_while(lambda: fio.poll() is None)
+        finally:
+            fio.kill()
+            said, _ = fio.communicate()
         assert fio.returncode == 0, said
         assert command.status(mount)["guest"]["writes"]["errors"] == 0
 
@@ -316,7 +296,7 @@ def test_a_request_that_no_server_survives_gets_eio(tmp_path: Path, mountpoint: 
     env = {"POSTHOC_DATAPATH": str(builds.datapath("faults")), "POSTHOC_FAULTS": f"crash={fatal}"}
     options = ["--datapath", "native", "--paused", "--output", output]
     with command.mounted(live, reference, mountpoint, *options, env=env) as mount:
-        session = pid_of(mount)
+        session = killing.pid_of(mount)
         fio = subprocess.Popen(
             [
                 *["fio", "--name=verify", f"--filename={mount / 'disk'}", "--size=4M"],
@@ -353,3 +333,51 @@ def test_a_request_that_no_server_survives_gets_eio(tmp_path: Path, mountpoint: 
         live.read_bytes()[fatal : fatal + SEGMENT]
         == reference.read_bytes()[fatal : fatal + SEGMENT]
     )
+
+
+WRITES_AND_TRIMS = """
+set -e
+mount -t ext4 /dev/vda /mnt
+echo "guest: writing"
+for i in $(seq 20); do
+    dd if=/dev/urandom of=/mnt/new.$i bs=100k count=2 2>/dev/null
+    sync
+done
+rm "/mnt/old 2"
+fstrim /mnt
+dd if=/dev/zero of="/mnt/old 3" bs=4k seek=100 count=10 conv=notrunc 2>/dev/null
+sha256sum /mnt/new.* >/mnt/sums
+umount /mnt
+mount -t ext4 -o ro /dev/vda /mnt
+sha256sum -c /mnt/sums | grep -v ': OK' && exit 1
+umount /mnt
+"""
+
+
+def test_a_guest_outlives_every_death(workdir: Path, mountpoint: Path) -> None:
+    """A guest that boots from the disk writes files and trims: it sees no error, its file system is sound, and no
+    segment is missed."""
+    live, reference, output = workdir / "live.raw", workdir / "reference", workdir / "map.qcow2"
+    files = workdir / "files"
+    files.mkdir()
+    for number in range(4):
+        (files / f"old {number}").write_bytes(os.urandom(MIB))
+    qemu.create(reference, 48 * MIB)
+    qemu.mkfs_ext4(reference, "-d", str(files))
+    qemu.run("cp", "--sparse=always", reference, live)
+    images.overwrite(live, 47 * MIB, b"unrecorded")
+    options = ["--datapath", "native", "--rate", "4M", "--output", output]
+    with command.mounted(live, reference, mountpoint, *options) as mount:
+        with guest.boot(mount / "disk", WRITES_AND_TRIMS) as running:
+            running.until("guest: writing")
+            with killing.turns(mount) as turns:
+                turns.kill_while(lambda: running.running)
+            console = running.wait()
+        command.control(mount, "rate none")
+        status = command.until_state(mount, "complete")
+    assert "error" not in console, console
+    assert [verb for verb, counts in status["guest"].items() if counts["errors"]] == []
+    assert status["guest"]["discards"]["operations"] > 0
+    qemu.fsck_ext4(live)
+    missed = oracle.differing(live, reference, SEGMENT) - qemu.dirty_segments(output, SEGMENT)
+    assert not missed

@@ -243,6 +243,14 @@ class Load:
         except OSError as error:
             self.errors.append(error.errno)
 
+    def end(self) -> None:
+        """Let the threads fail on a file that is none of the mount's."""
+        reader, writer = os.pipe()
+        os.dup2(reader, self.descriptor)
+        os.close(reader)
+        os.close(writer)
+        self.join()
+
     def join(self) -> None:
         for thread in self.threads:
             thread.join(wait.DEADLINE)
@@ -275,6 +283,22 @@ def test_abort_under_load(mount: native.Native, tmp_path: pathlib.Path) -> None:
     left_well(mount)
 
 
+def test_names_are_listed_under_load(mount: native.Native) -> None:
+    """By several at a time, while others write and read: every listing is whole, and the load goes on."""
+    names = ["control", "dirty.qcow2", "disk", "status.json"]
+    load = Load(mount)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for listed in pool.map(os.listdir, [mount.mountpoint] * 400):
+                assert sorted(listed) == names
+        done = load.done
+        wait.until(lambda: load.done > done, "the load goes on")
+        assert load.errors == []
+    finally:
+        load.end()
+    assert mount.written() == {0, 1, 2}
+
+
 def test_lazy_umount_under_load(mount: native.Native) -> None:
     """The disk works until its last user closes it; then all ends."""
     load = Load(mount)
@@ -282,20 +306,16 @@ def test_lazy_umount_under_load(mount: native.Native) -> None:
     done = load.done
     wait.until(lambda: load.done > done + 100, "the open disk goes on")
     assert mount.process.poll() is None
-    # dup2 over the descriptor lets the threads fail on a file that is none of the mount's.
-    reader, writer = os.pipe()
-    os.dup2(reader, load.descriptor)
-    os.close(reader)
-    os.close(writer)
-    load.join()
+    load.end()
     left_well(mount)
 
 
 @builds.sanitized
-def test_sigterm_under_load(mount: native.Native) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_signal_under_load(mount: native.Native, number: signal.Signals) -> None:
     """The session unmounts, lazily because it is busy: what was begun is finished, the rest fails."""
     load = Load(mount)
-    mount.process.send_signal(signal.SIGTERM)
+    mount.process.send_signal(number)
     load.join()
     assert set(load.errors) <= {errno.ENOTCONN, errno.ECONNABORTED}
     left_well(mount)

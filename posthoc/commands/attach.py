@@ -118,7 +118,8 @@ def _add_danger(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-iothread-risk",
         action="store_true",
-        help="QEMU below 9.0 with an iothread: go on, though the VM aborts if posthoc is killed",
+        help="QEMU below 9.0 with an iothread that a guest's device uses: go on, though the VM aborts if "
+        "posthoc is killed",
     )
 
 

@@ -197,12 +197,23 @@ async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Reque
     """Refuse where the way of reading is impossible or a danger to the VM."""
     if request.reference_side_only:
         opened.open_raw(node, monitor.peer).close()
-    elif not request.accept_iothread_risk and await survey.iothread_danger(monitor, node.name):
+        return
+    if not await survey.iothread_danger(monitor, node.name):
+        return
+    safe = f"{survey.SAFE_VERSION.major}.{survey.SAFE_VERSION.minor}"
+    beside = "--reference-side-only reads a raw disk's file instead"
+    if node.name not in await survey.tops(monitor):
+        # What holds it in the iothread is no device but an export: when another export goes, QEMU moves the
+        # disk and the clients of all others back to the main loop (bdrv_root_unref_child), and aborts there.
+        raise errors.UserError(
+            f"{node.name}: QEMU {monitor.version} may abort when one of several exports of a disk in an "
+            f"iothread goes away, and no device of a guest uses this disk (mended in {safe}): {beside}"
+        )
+    if not request.accept_iothread_risk:
         raise errors.UserError(
             f"{node.name}: QEMU {monitor.version} aborts the VM when a reader of a disk in an iothread goes "
-            f"away (mended in {survey.SAFE_VERSION.major}.{survey.SAFE_VERSION.minor}): "
-            "--reference-side-only reads a raw disk's file instead; --accept-iothread-risk makes "
-            "QEMU close the connection first, which is safe unless posthoc is killed"
+            f"away (mended in {safe}): {beside}; --accept-iothread-risk makes QEMU close the connection "
+            "first, which is safe unless posthoc is killed"
         )
 
 

@@ -15,6 +15,7 @@ from dirtymap import errors, images, units
 from dirtymap.images import base
 from dirtymap.qcow2 import carrier
 from posthoc.qemu import attachment, leftovers, opened, place, qmp, survey, virsh
+from posthoc.sessions import pair
 from scanner import scan
 
 # block-export-add, and bitmaps of other nodes in a merge.
@@ -102,7 +103,8 @@ async def examine(
         )
         stack.callback(reference.close)
         _check_apart(monitor, node, wish, reference)
-        notes = [*_size_notes(node, reference, request), *_notes(target, node, nodes, tops)]
+        reference, sized = await trio.to_thread.run_sync(_fit, node, reference, request)
+        notes = [*sized, *_notes(target, node, nodes, tops)]
         on_top = node.name in tops
         disks.append(Disk(target, node, reference, tuple(notes), on_top, left))
     return disks
@@ -243,23 +245,17 @@ def open_beside(disk: Disk, monitor: qmp.Monitor) -> base.Image:
     return image
 
 
-def _size_notes(node: survey.Node, reference: base.Image, request: Request) -> Sequence[str]:
+def _fit(
+    node: survey.Node, reference: base.Image, request: Request
+) -> tuple[base.Image, tuple[str, ...]]:
+    """Return the reference as it is compared with the disk, and what is to be told of their sizes."""
+    reference, rounded = pair.fit(reference, node.size)
     # QEMU counts in sectors: up to one of them is no difference.
-    missing = carrier.virtual_size(reference.size) - node.size
-    if missing > 0 and not request.allow_shrunk:
-        raise errors.ImageError(
-            node.name,
-            f"is {units.describe(missing)} shorter than {reference.name}: "
-            "--allow-shrunk compares what it has",
-        )
-    if missing > 0:
-        return [f"{node.name} is {units.describe(missing)} shorter than {reference.name}"]
-    if missing < 0:
-        return [
-            f"{reference.name} is {units.describe(-missing)} shorter than {node.name}: "
-            "the rest is compared with zeros"
-        ]
-    return []
+    beyond = carrier.virtual_size(reference.size) - node.size
+    allow_shrunk = request.allow_shrunk
+    return reference, rounded + pair.size_notes(
+        node.name, reference.name, beyond, allow_shrunk=allow_shrunk
+    )
 
 
 def _notes(

@@ -329,6 +329,26 @@ def test_reference_of_another_size(
             assert attaching.agree(vm, disks)
 
 
+@pytest.mark.parametrize("hashed", [False, True], ids=["vpc", "digest-of-a-vpc"])
+def test_reference_that_is_longer_by_its_format_s_rounding(
+    tmp_path: pathlib.Path, hashed: bool
+) -> None:
+    """A vpc has whole cylinders: its zeros beyond the disk are no reason for --allow-shrunk, and are told."""
+    disks = attaching.pair(tmp_path)
+    qemu.convert(disks.reference, tmp_path / "full.vpc", "vpc")
+    reference = f"vpc:{tmp_path}/full.vpc"
+    if hashed:
+        command.posthoc("digest", reference, "-o", tmp_path / "full.digest")
+        reference = str(tmp_path / "full.digest")
+    with running.running(disks.live) as vm:
+        words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "backup0")
+        result = command.posthoc(*words, reference)
+        assert f"{reference} is 8192 (8.0 KiB) longer than the live disk" in result.stderr
+        assert "rounded up" in result.stderr
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY
+        assert attaching.agree(vm, disks)
+
+
 def test_disk_that_is_no_multiple_of_a_sector(tmp_path: pathlib.Path) -> None:
     """QEMU rounds a raw disk up to whole sectors, and the map with it, to the last byte."""
     disks = attaching.pair(tmp_path)

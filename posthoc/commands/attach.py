@@ -216,8 +216,6 @@ async def _interruptible(
         await nursery.start(_cancel_on_signal, interrupt)
         with interrupt:
             outcomes = await attached.attach(_connector(arguments), request, watch=watch)
-        if request.checkpoint and not interrupt.cancelled_caught:
-            await _register_checkpoint(arguments, request)
         nursery.cancel_scope.cancel()
     if interrupt.cancelled_caught:
         raise KeyboardInterrupt
@@ -234,17 +232,6 @@ async def _cancel_on_signal(
             if interrupt.cancel_called:
                 log.warning("ending already: what was added to QEMU is being taken back")
             interrupt.cancel()
-
-
-async def _register_checkpoint(arguments: argparse.Namespace, request: examined.Request) -> None:
-    name = request.wishes[0].bitmap
-    async with virsh.connect(arguments.domain, arguments.connect) as domain:
-        try:
-            await domain.register_checkpoint(name, [wish.disk for wish in request.wishes])
-        except errors.UserError as error:
-            raise errors.UserError(
-                f"bitmap {name} is in place, but libvirt did not take it as a checkpoint: {error}"
-            ) from error
 
 
 def _facts(wish: examined.Wish, outcome: attached.Outcome) -> dict[str, Any]:

@@ -107,6 +107,9 @@ async def examine(
         notes = [*sized, *_notes(target, node, nodes, tops)]
         on_top = node.name in tops
         disks.append(Disk(target, node, reference, tuple(notes), on_top, left))
+    if request.checkpoint:
+        assert isinstance(monitor, virsh.Domain)
+        await _check_checkpoint(monitor, request, [disk.target for disk in disks])
     return disks
 
 
@@ -193,6 +196,25 @@ def _target(
     return replace(
         target, exists=True, begun=begun, persistent=there.persistent, granularity=granularity
     )
+
+
+async def _check_checkpoint(
+    domain: virsh.Domain, request: Request, targets: Sequence[attachment.Target]
+) -> None:
+    """Refuse a name that a checkpoint of libvirt's has: registering another in its place would lose it.
+
+    It may stay where its bitmaps are the very ones that are added to, or made anew.
+    """
+    name = request.wishes[0].bitmap
+    there = await domain.checkpoint(name)
+    if there is None:
+        return
+    same = there == {wish.disk: name for wish in request.wishes}
+    if not same or not all(target.exists or target.replaces for target in targets):
+        raise errors.UserError(
+            f"domain {domain.name} has a checkpoint {name} already, of {', '.join(sorted(there))}: name "
+            "another, or give that one up (virsh checkpoint-delete)"
+        )
 
 
 async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Request) -> None:

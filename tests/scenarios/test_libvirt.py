@@ -150,6 +150,73 @@ def test_transient_bitmap_becomes_no_checkpoint(
     assert domain.virsh("checkpoint-list", "--name").split() == []
 
 
+def bitmaps(domain: libvirtd.Domain) -> list[tuple[str, int]]:
+    """Name and count of every bitmap in QEMU."""
+    nodes = domain.qmp("query-named-block-nodes", {"flat": True})
+    return [(found["name"], found["count"]) for n in nodes for found in n.get("dirty-bitmaps", [])]
+
+
+def test_checkpoint_of_other_disks_is_not_taken_for_this_one(libvirt: libvirtd.Libvirt) -> None:
+    """libvirt keeps one checkpoint of a name and says nothing when it is redefined: vda's would be lost."""
+    vda, vdb = (attaching.pair(libvirt.folder, "qcow2", node=name) for name in ("vda", "vdb"))
+    with libvirtd.domain(libvirt, "vm2", vda.live, vdb.live) as domain:
+        specs = ("--diskspec", "vda,checkpoint=bitmap", "--diskspec", "vdb,checkpoint=no")
+        domain.virsh("checkpoint-create-as", "ck0", *specs)
+        before = domain.virsh("checkpoint-dumpxml", "ck0", "--no-domain")
+        words = ("--target", "vdb", "--bitmap", "ck0", "--checkpoint", vdb.reference)
+        said = (
+            "posthoc: domain vm2 has a checkpoint ck0 already, of vda: name another, or give that one up "
+            "(virsh checkpoint-delete)\n"
+        )
+        assert attach(domain, *words, status=2).stderr == said
+        assert bitmaps(domain) == [("ck0", 0)]
+        # Nor is it where the bitmap is there and added to.
+        node = next(
+            block["inserted"]["node-name"]
+            for block in domain.qmp("query-block")
+            if "virtio-disk1" in block["qdev"]
+        )
+        added = {"node": node, "name": "ck0", "persistent": True}
+        domain.qmp("block-dirty-bitmap-add", added)
+        assert "has a checkpoint ck0" in attach(domain, "--merge", *words, status=2).stderr
+        assert domain.virsh("checkpoint-dumpxml", "ck0", "--no-domain") == before
+        # Of the same disk it is, and the checkpoint stays what it was.
+        words = ("--target", "vda", "--bitmap", "ck0", "--checkpoint", vda.reference)
+        attach(domain, "--merge", *words)
+        assert domain.virsh("checkpoint-dumpxml", "ck0", "--no-domain") == before
+        assert sorted(bitmaps(domain)) == [("ck0", 0), ("ck0", 4 * attaching.GRANULARITY)]
+
+
+def test_bitmap_that_libvirt_does_not_take_is_removed_again(
+    domain: libvirtd.Domain,
+    disks: tuple[attaching.Pair, attaching.Pair],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What failed is told in one line, and can be done again: no bitmap stands in its way, unless wanted."""
+    vda, _ = disks
+    virsh = tmp_path / "virsh"
+    no = 'case "$*" in *checkpoint-create*) echo "error: no space" >&2; exit 1;; esac'
+    virsh.write_text(f'#!/bin/bash\n{no}\nexec virsh "$@"\n')
+    virsh.chmod(0o755)
+    words = ("--target", "vda", "--bitmap", "ck0", "--checkpoint", vda.reference)
+    with monkeypatch.context() as patch:
+        patch.setenv("POSTHOC_VIRSH", str(virsh))
+        result = attach(domain, *words, status=2)
+        assert result.stdout == ""
+        assert result.stderr == (
+            "posthoc: libvirt did not take ck0 as a checkpoint: virsh checkpoint-create vm1: no space\n"
+        )
+        assert bitmaps(domain) == []
+        assert private_folders(domain) == []
+        kept = attach(domain, "--keep-on-failure", *words, status=2)
+        assert "is kept, and is right" in kept.stderr
+        assert bitmaps(domain) == [("ck0", 4 * attaching.GRANULARITY)]
+    attach(domain, "--merge", *words)
+    assert domain.virsh("checkpoint-list", "--name").split() == ["ck0"]
+    assert posthoc_names(domain) == []
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

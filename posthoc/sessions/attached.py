@@ -98,8 +98,10 @@ async def attach(
     try:
         with trio.CancelScope() as ending:
             async with contextlib.AsyncExitStack() as stack, connect() as monitor:
-                disks = await examined.examine(monitor, request, stack)
                 parent = examined.directory(monitor, request)
+                # First: what stands in the way of this session may be all that a killed one has left.
+                place.remove_dead(parent)
+                disks = await examined.examine(monitor, request, stack)
                 where = await stack.enter_async_context(place.made(parent, monitor.peer))
                 session = Session(monitor, request, disks, where, undo, watch, ending)
                 stack.callback(session.source.hang_up)
@@ -199,8 +201,7 @@ class Session:
     async def run(self) -> list[Outcome]:
         """Take the steps in THE ORDER of this module's docstring."""
         _done("examined")
-        parent = examined.directory(self.monitor, self.request)
-        await leftovers.remove(self.monitor, self.disks[0].left, parent)
+        await leftovers.remove(self.monitor, self.disks[0].left)
         _done("cleared")
         recorded = False
         try:

@@ -178,10 +178,50 @@ def test_posthoc_killed_at_a_step_harms_nothing(tmp_path: pathlib.Path, step: st
                 attaching.attach_here(vm, disks)
         else:
             attaching.attach_here(vm, disks)
-            assert list(attaching.private(vm).iterdir()) == []
+        assert list(attaching.private(vm).iterdir()) == []
         assert attaching.agree(vm, disks)
         assert vm.bitmaps("disk0")["backup0"]["count"] == 5 * attaching.GRANULARITY
         vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
+        assert vm.state() == before
+
+
+@pytest.mark.parametrize("step", ["recording", "opened", "verifying"])
+def test_posthoc_killed_beside_its_qemu_harms_nothing(tmp_path: pathlib.Path, step: str) -> None:
+    """The same where the raw file is read, and the disk is in an iothread: nothing waits for a client."""
+    disks = attaching.pair(tmp_path)
+    with running.running(disks.live, system=True, iothread=True) as vm:
+        before = vm.state()
+        option = "--reference-side-only"
+        killed = attaching.attach_with_signal_at(step, signal.SIGKILL, vm, disks, option)
+        assert killed.returncode == -signal.SIGKILL
+        vm.write("disk0", 200 * attaching.GRANULARITY, 4096, 7)
+        attaching.attach_here(vm, disks, reference_side_only=True)
+        assert list(attaching.private(vm).iterdir()) == []
+        assert attaching.agree(vm, disks)
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 5 * attaching.GRANULARITY
+        vm.client("block-dirty-bitmap-remove", {"node": "disk0", "name": "backup0"})
+        assert vm.state() == before
+
+
+@pytest.mark.parametrize("step", ["exported", "published", "closed"])
+def test_posthoc_killed_with_two_disks_harms_neither(tmp_path: pathlib.Path, step: str) -> None:
+    """What the first of them has and the other has not yet is found, and gone on with, all the same."""
+    pairs = [attaching.pair(tmp_path, "qcow2", node=name) for name in ("disk0", "disk1")]
+    first, second = pairs
+    with running.running(first.live, second.live, system=True) as vm:
+        before = vm.state()
+        words = [f"--disk={pair.live.node}={pair.reference}:backup0" for pair in pairs]
+        killed = attaching.command_with_signal_at(step, signal.SIGKILL, vm, *words)
+        assert killed.returncode == -signal.SIGKILL
+        vm.write("disk1", 200 * attaching.GRANULARITY, 4096, 7)
+        attaching.attach_all_here(vm, *pairs)
+        assert list(attaching.private(vm).iterdir()) == []
+        for pair, count in ((first, 4), (second, 5)):
+            assert attaching.agree(vm, pair)
+            bitmap = vm.bitmaps(pair.live.node)["backup0"]
+            assert (bitmap["count"], bitmap["persistent"]) == (count * attaching.GRANULARITY, True)
+            names = {"node": pair.live.node, "name": "backup0"}
+            vm.client("block-dirty-bitmap-remove", names)
         assert vm.state() == before
 
 

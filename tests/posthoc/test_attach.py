@@ -136,6 +136,8 @@ def test_text_says_what_to_do_next(tmp_path: pathlib.Path) -> None:
     assert "state: complete\nnode: disk0\n" in result.stdout
     assert "dirty: 262144 (256.0 KiB)\n" in result.stdout
     assert '"sync": "incremental", "bitmap": "backup0"' in result.stdout
+    assert "virsh backup-begin and virtnbdbackup go on from a checkpoint" in result.stdout
+    assert "--checkpoint (virtnbdbackup: --bitmap virtnbdbackup.N, N the" in result.stdout
     assert result.stderr == (
         "posthoc: disk0 (raw) holds no persistent bitmap: this one is lost when QEMU ends\n"
     )

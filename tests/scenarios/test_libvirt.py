@@ -94,7 +94,11 @@ def test_checkpoint_gives_libvirt_s_own_incremental_backup(
         wait.until(lambda: written, "the first write")
         before = len(written)
         options = ("--target", "vda", "--bitmap", "backup0", "--checkpoint", "--rate", "32M")
-        attach(domain, *options, vda.reference)
+        said = attach(domain, *options, vda.reference).stdout
+        assert "  virsh backup-begin with <incremental>backup0</incremental>\n" in said
+        assert (
+            "  virtnbdbackup goes on from its own checkpoint only: --bitmap virtnbdbackup.N" in said
+        )
         assert len(written) > before
         during = len(written)
         wait.until(lambda: len(written) > during + 3, "writes after it is done")
@@ -199,21 +203,23 @@ def test_bitmap_that_libvirt_does_not_take_is_removed_again(
     no = 'case "$*" in *checkpoint-create*) echo "error: no space" >&2; exit 1;; esac'
     virsh.write_text(f'#!/bin/bash\n{no}\nexec virsh "$@"\n')
     virsh.chmod(0o755)
-    words = ("--target", "vda", "--bitmap", "ck0", "--checkpoint", vda.reference)
+    name = "virtnbdbackup.0"
+    words = ("--target", "vda", "--bitmap", name, "--checkpoint", vda.reference)
     with monkeypatch.context() as patch:
         patch.setenv("POSTHOC_VIRSH", str(virsh))
         result = attach(domain, *words, status=2)
         assert result.stdout == ""
         assert result.stderr == (
-            "posthoc: libvirt did not take ck0 as a checkpoint: virsh checkpoint-create vm1: no space\n"
+            f"posthoc: libvirt did not take {name} as a checkpoint: virsh checkpoint-create vm1: no space\n"
         )
         assert bitmaps(domain) == []
         assert private_folders(domain) == []
         kept = attach(domain, "--keep-on-failure", *words, status=2)
         assert "is kept, and is right" in kept.stderr
-        assert bitmaps(domain) == [("ck0", 4 * attaching.GRANULARITY)]
-    attach(domain, "--merge", *words)
-    assert domain.virsh("checkpoint-list", "--name").split() == ["ck0"]
+        assert bitmaps(domain) == [(name, 4 * attaching.GRANULARITY)]
+    said = attach(domain, "--merge", *words).stdout
+    assert f"  virtnbdbackup -d vm1 -l inc -o FOLDER, where {name} was its last backup\n" in said
+    assert domain.virsh("checkpoint-list", "--name").split() == [name]
     assert posthoc_names(domain) == []
 
 

@@ -213,7 +213,7 @@ async def _check_checkpoint(
     if not same or not all(target.exists or target.replaces for target in targets):
         raise errors.UserError(
             f"domain {domain.name} has a checkpoint {name} already, of {', '.join(sorted(there))}: name "
-            "another, or give that one up (virsh checkpoint-delete)"
+            "another, or give that one up (virsh checkpoint-delete; --metadata where its bitmap is lost)"
         )
 
 

@@ -170,7 +170,7 @@ def test_checkpoint_of_other_disks_is_not_taken_for_this_one(libvirt: libvirtd.L
         words = ("--target", "vdb", "--bitmap", "ck0", "--checkpoint", vdb.reference)
         said = (
             "posthoc: domain vm2 has a checkpoint ck0 already, of vda: name another, or give that one up "
-            "(virsh checkpoint-delete)\n"
+            "(virsh checkpoint-delete; --metadata where its bitmap is lost)\n"
         )
         assert attach(domain, *words, status=2).stderr == said
         assert bitmaps(domain) == [("ck0", 0)]

@@ -485,8 +485,8 @@ def test_raw_file_read_beside_an_old_qemu_with_an_iothread(
             began, before = time.monotonic(), writer.count
             attaching.attach(vm, disks, "--reference-side-only", "--rate", attaching.RATE)
             rate = (writer.count - before) / (time.monotonic() - began)
-        # 400 a second on a quiet machine; an eighth of that when all of it is busy with something else.
-        assert rate >= 50
+        # 400 a second on a quiet machine of two processors, 68 with six programs that leave it nothing.
+        assert rate >= 20
         assert attaching.agree(vm, disks)
         nodes = vm.client("query-named-block-nodes", {"flat": True})
         names = [node["node-name"] for node in nodes]

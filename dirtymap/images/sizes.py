@@ -4,6 +4,7 @@
     disk      |data                    |
     vpc       |data                    |zeros|      a VHD: up to a cylinder of 16 heads and 255 sectors
     NBD       |data                    |z|          QEMU's servers: up to a sector
+    digest    |hashes                  |zeros|      of either
 
 Source for VHD: block/vpc.c in QEMU ("calculate_geometry"); the disk's own size is kept nowhere in the file.
 """
@@ -41,27 +42,53 @@ class Cut:
         """Nothing: the image is closed by who opened it."""
 
 
+class CutHashes(Cut):
+    """The same of a reference of hashes, whose bytes from `size` on are known to be zeros."""
+
+    def __init__(self, image: base.HashedImage, size: int) -> None:
+        super().__init__(image, size)
+        self.granularity = image.granularity
+        self._hashed = image
+
+    def equal(self, segment: int, data: memoryview) -> bool:
+        """Return whether `data` is what the segment held within `size`; raises OSError."""
+        start = segment * self.granularity
+        length = min(self.granularity, self._hashed.size - start)
+        if len(data) < length:
+            # The last one: its hash is of the zeros behind it, too.
+            data = memoryview(bytes(data) + bytes(length - len(data)))
+        return self._hashed.equal(segment, data)
+
+
 def fit(reference: base.Image, size: int) -> tuple[base.Image, str | None]:
     """Return `reference` as that of a live disk of `size` bytes, and what the user should know.
 
-    It is cut by less than a cylinder (vpc) or a sector (other exports), and only where what is cut off
-    is zeros. Raises OSError.
+    It is cut by less than a cylinder (vpc, and hashes, which may be of one) or a sector (other exports), and
+    only where what is cut off is zeros. Raises OSError.
     """
     beyond = reference.size - size
     if not 0 < beyond < _rounding(reference):
         return reference, None
-    tail = bytearray(beyond)
-    reference.read_into(size, memoryview(tail))
-    if any(tail):
-        return reference, None
+    if isinstance(reference, base.HashedImage):
+        if not all(found.zero for found in reference.extents(size, beyond)):
+            return reference, None
+        cut: Cut = CutHashes(reference, size)
+    else:
+        tail = bytearray(beyond)
+        reference.read_into(size, memoryview(tail))
+        if any(tail):
+            return reference, None
+        cut = Cut(reference, size)
     note = (
         f"{reference.name} is {units.describe(beyond)} longer than the live disk, because sizes "
         "are rounded up there: these zeros are left out"
     )
-    return Cut(reference, size), note
+    return cut, note
 
 
 def _rounding(image: base.Image) -> int:
+    if isinstance(image, base.HashedImage):
+        return _CYLINDER
     if not isinstance(image, export.NbdImage):
         return 0
     is_vpc = image.server is not None and image.server.layers[0].driver == "vpc"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import signal
 import sys
 from typing import Any
@@ -35,6 +36,10 @@ examples:
 Exits with 0 when the bitmap is there and verified, 3 when it is and parts could not be read (they count
 as dirty), 2 when it is not.
 """
+
+# It looks for the last name in its folder's DOMAIN.cpt, and does nothing where a checkpoint is called otherwise
+# (libvirtnbdbackup/virt/checkpoint.py).
+_VIRTNBDBACKUP = "virtnbdbackup.N, N the number of its last backup"
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -118,7 +123,8 @@ def _add_danger(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-iothread-risk",
         action="store_true",
-        help="QEMU below 9.0 with an iothread: go on, though the VM aborts if posthoc is killed",
+        help="QEMU below 9.0 with an iothread that a guest's device uses: go on, though the VM aborts if "
+        "posthoc is killed",
     )
 
 
@@ -137,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(report.as_json({"disks": facts}))
     else:
         sys.stdout.write("\n".join(report.as_text(disk) for disk in facts))
-        _say_what_for(outcomes, wanted)
+        _say_what_for(outcomes, wanted, arguments.domain)
     return max(_tell(outcome) for outcome in outcomes)
 
 
@@ -215,8 +221,6 @@ async def _interruptible(
         await nursery.start(_cancel_on_signal, interrupt)
         with interrupt:
             outcomes = await attached.attach(_connector(arguments), request, watch=watch)
-        if request.checkpoint and not interrupt.cancelled_caught:
-            await _register_checkpoint(arguments, request)
         nursery.cancel_scope.cancel()
     if interrupt.cancelled_caught:
         raise KeyboardInterrupt
@@ -233,17 +237,6 @@ async def _cancel_on_signal(
             if interrupt.cancel_called:
                 log.warning("ending already: what was added to QEMU is being taken back")
             interrupt.cancel()
-
-
-async def _register_checkpoint(arguments: argparse.Namespace, request: examined.Request) -> None:
-    name = request.wishes[0].bitmap
-    async with virsh.connect(arguments.domain, arguments.connect) as domain:
-        try:
-            await domain.register_checkpoint(name, [wish.disk for wish in request.wishes])
-        except errors.UserError as error:
-            raise errors.UserError(
-                f"bitmap {name} is in place, but libvirt did not take it as a checkpoint: {error}"
-            ) from error
 
 
 def _facts(wish: examined.Wish, outcome: attached.Outcome) -> dict[str, Any]:
@@ -266,7 +259,9 @@ def _facts(wish: examined.Wish, outcome: attached.Outcome) -> dict[str, Any]:
     }
 
 
-def _say_what_for(outcomes: list[attached.Outcome], request: examined.Request) -> None:
+def _say_what_for(
+    outcomes: list[attached.Outcome], request: examined.Request, domain: str | None
+) -> None:
     for outcome in outcomes:
         target = outcome.disk.target
         print(
@@ -279,6 +274,16 @@ def _say_what_for(outcomes: list[attached.Outcome], request: examined.Request) -
                 f'  blockdev-backup {{"device": "{target.node}", "target": NODE, "sync": '
                 f'"incremental", "bitmap": "{target.bitmap}"}}'
             )
+    name = request.wishes[0].bitmap
+    if not request.checkpoint:
+        print(
+            "\nvirsh backup-begin and virtnbdbackup go on from a checkpoint of libvirt's: --domain, --checkpoint "
+            f"(virtnbdbackup: --bitmap {_VIRTNBDBACKUP})"
+        )
+    elif re.fullmatch(r"virtnbdbackup\.\d+", name):
+        print(f"  virtnbdbackup -d {domain} -l inc -o FOLDER, where {name} was its last backup")
+    else:
+        print(f"  virtnbdbackup goes on from its own checkpoint only: --bitmap {_VIRTNBDBACKUP}")
 
 
 def _tell(outcome: attached.Outcome) -> int:

@@ -62,7 +62,7 @@ def _tokens(names: list[str]) -> Iterator[str]:
     return (match[1] for match in matches if match)
 
 
-async def remove(monitor: qmp.Monitor, left: Leftovers, parent: str | None) -> None:
+async def remove(monitor: qmp.Monitor, left: Leftovers) -> None:
     """Take away what is left, in the reverse order of its making."""
     for name in left.exports:
         await attachment.remove_export(monitor, name)
@@ -77,4 +77,3 @@ async def remove(monitor: qmp.Monitor, left: Leftovers, parent: str | None) -> N
     # At last: until then the folder is known by one of them.
     for node, name in left.bitmaps:
         await attachment.remove_bitmap(monitor, node, name)
-    place.remove_dead(parent)

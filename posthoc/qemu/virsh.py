@@ -156,12 +156,30 @@ class Domain:
             )
         return disks[target]
 
+    async def checkpoint(self, name: str) -> dict[str, str] | None:
+        """Return the bitmap by target ("vda") of the checkpoint `name`; None where there is none."""
+        if name not in (await self._ask("checkpoint-list", self._name, "--name")).split():
+            return None
+        text = await self._ask("checkpoint-dumpxml", self._name, name, "--no-domain")
+        disks = ElementTree.fromstring(text).iterfind("./disks/disk")
+        return {
+            disk.attrib["name"]: disk.get("bitmap", name)
+            for disk in disks
+            if disk.get("checkpoint") != "no"
+        }
+
     async def register_checkpoint(self, name: str, targets: Sequence[str]) -> None:
         """Tell libvirt of the bitmap `name` of the disks `targets` as a checkpoint.
 
         It must be there, persistent and recording, and named like the checkpoint ("virsh
-        checkpoint-create --redefine"; libvirt's formatcheckpoint).
+        checkpoint-create --redefine"; libvirt's formatcheckpoint). A checkpoint of that name stays where it
+        is of these very bitmaps; one of others would be lost, so that UserError is raised.
         """
+        there = await self.checkpoint(name)
+        if there == dict.fromkeys(targets, name):
+            return
+        if there is not None:
+            raise errors.UserError(f"there is one of that name by now, of {', '.join(there)}")
         root = ElementTree.Element("domaincheckpoint")
         ElementTree.SubElement(root, "name").text = name
         ElementTree.SubElement(root, "creationTime").text = str(int(time.time()))

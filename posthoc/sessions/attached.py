@@ -39,7 +39,7 @@ import trio
 from dirtymap import bitmap, errors
 from dirtymap.images import base
 from dirtymap.qcow2 import carrier
-from posthoc.qemu import attachment, leftovers, place, qmp, source, survey
+from posthoc.qemu import attachment, leftovers, place, qmp, source, survey, virsh
 from posthoc.qemu import undo as ways_back
 from posthoc.sessions import examined
 from scanner import progress, scan
@@ -98,8 +98,10 @@ async def attach(
     try:
         with trio.CancelScope() as ending:
             async with contextlib.AsyncExitStack() as stack, connect() as monitor:
-                disks = await examined.examine(monitor, request, stack)
                 parent = examined.directory(monitor, request)
+                # First: what stands in the way of this session may be all that a killed one has left.
+                place.remove_dead(parent)
+                disks = await examined.examine(monitor, request, stack)
                 where = await stack.enter_async_context(place.made(parent, monitor.peer))
                 session = Session(monitor, request, disks, where, undo, watch, ending)
                 stack.callback(session.source.hang_up)
@@ -199,8 +201,7 @@ class Session:
     async def run(self) -> list[Outcome]:
         """Take the steps in THE ORDER of this module's docstring."""
         _done("examined")
-        parent = examined.directory(self.monitor, self.request)
-        await leftovers.remove(self.monitor, self.disks[0].left, parent)
+        await leftovers.remove(self.monitor, self.disks[0].left)
         _done("cleared")
         recorded = False
         try:
@@ -218,6 +219,8 @@ class Session:
                 await self._keep_everything()
             raise
         self.ending.shield = True  # from here on it is done, and a cancel comes too late
+        if self.request.checkpoint:
+            await self._register_checkpoint()
         # Last: as long as the recording bitmap is there, the next session knows whose the other is.
         await self.qemu.stop_recording(self.targets)
         self.qemu.keep(self.targets)
@@ -345,6 +348,26 @@ class Session:
                     "since is not in its bitmap",
                     disk.target.node,
                 )
+
+    async def _register_checkpoint(self) -> None:
+        """Make the bitmaps a checkpoint of libvirt's. If it takes none, those that were made go again."""
+        assert isinstance(self.monitor, virsh.Domain)
+        name = self.request.wishes[0].bitmap
+        try:
+            await self.monitor.register_checkpoint(
+                name, [wish.disk for wish in self.request.wishes]
+            )
+        except errors.UserError as error:
+            if self.request.keep_on_failure:
+                self.qemu.keep(self.targets)
+                self.qemu.undo.lasting += [
+                    f"bitmap {name} of {target.node} is kept, and is right"
+                    for target in self.targets
+                    if not target.exists
+                ]
+            raise errors.UserError(
+                f"libvirt did not take {name} as a checkpoint: {error}"
+            ) from error
 
     # When it fails
 

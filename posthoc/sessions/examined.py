@@ -15,6 +15,7 @@ from dirtymap import errors, images, units
 from dirtymap.images import base
 from dirtymap.qcow2 import carrier
 from posthoc.qemu import attachment, leftovers, opened, place, qmp, survey, virsh
+from posthoc.sessions import pair
 from scanner import scan
 
 # block-export-add, and bitmaps of other nodes in a merge.
@@ -102,9 +103,13 @@ async def examine(
         )
         stack.callback(reference.close)
         _check_apart(monitor, node, wish, reference)
-        notes = [*_size_notes(node, reference, request), *_notes(target, node, nodes, tops)]
+        reference, sized = await trio.to_thread.run_sync(_fit, node, reference, request)
+        notes = [*sized, *_notes(target, node, nodes, tops)]
         on_top = node.name in tops
         disks.append(Disk(target, node, reference, tuple(notes), on_top, left))
+    if request.checkpoint:
+        assert isinstance(monitor, virsh.Domain)
+        await _check_checkpoint(monitor, request, [disk.target for disk in disks])
     return disks
 
 
@@ -193,16 +198,46 @@ def _target(
     )
 
 
+async def _check_checkpoint(
+    domain: virsh.Domain, request: Request, targets: Sequence[attachment.Target]
+) -> None:
+    """Refuse a name that a checkpoint of libvirt's has: registering another in its place would lose it.
+
+    It may stay where its bitmaps are the very ones that are added to, or made anew.
+    """
+    name = request.wishes[0].bitmap
+    there = await domain.checkpoint(name)
+    if there is None:
+        return
+    same = there == {wish.disk: name for wish in request.wishes}
+    if not same or not all(target.exists or target.replaces for target in targets):
+        raise errors.UserError(
+            f"domain {domain.name} has a checkpoint {name} already, of {', '.join(sorted(there))}: name "
+            "another, or give that one up (virsh checkpoint-delete; --metadata where its bitmap is lost)"
+        )
+
+
 async def _check_reading(monitor: qmp.Monitor, node: survey.Node, request: Request) -> None:
     """Refuse where the way of reading is impossible or a danger to the VM."""
     if request.reference_side_only:
         opened.open_raw(node, monitor.peer).close()
-    elif not request.accept_iothread_risk and await survey.iothread_danger(monitor, node.name):
+        return
+    if not await survey.iothread_danger(monitor, node.name):
+        return
+    safe = f"{survey.SAFE_VERSION.major}.{survey.SAFE_VERSION.minor}"
+    beside = "--reference-side-only reads a raw disk's file instead"
+    if node.name not in await survey.tops(monitor):
+        # What holds it in the iothread is no device but an export: when another export goes, QEMU moves the
+        # disk and the clients of all others back to the main loop (bdrv_root_unref_child), and aborts there.
+        raise errors.UserError(
+            f"{node.name}: QEMU {monitor.version} may abort when one of several exports of a disk in an "
+            f"iothread goes away, and no device of a guest uses this disk (mended in {safe}): {beside}"
+        )
+    if not request.accept_iothread_risk:
         raise errors.UserError(
             f"{node.name}: QEMU {monitor.version} aborts the VM when a reader of a disk in an iothread goes "
-            f"away (mended in {survey.SAFE_VERSION.major}.{survey.SAFE_VERSION.minor}): "
-            "--reference-side-only reads a raw disk's file instead; --accept-iothread-risk makes "
-            "QEMU close the connection first, which is safe unless posthoc is killed"
+            f"away (mended in {safe}): {beside}; --accept-iothread-risk makes QEMU close the connection "
+            "first, which is safe unless posthoc is killed"
         )
 
 
@@ -232,23 +267,17 @@ def open_beside(disk: Disk, monitor: qmp.Monitor) -> base.Image:
     return image
 
 
-def _size_notes(node: survey.Node, reference: base.Image, request: Request) -> Sequence[str]:
+def _fit(
+    node: survey.Node, reference: base.Image, request: Request
+) -> tuple[base.Image, tuple[str, ...]]:
+    """Return the reference as it is compared with the disk, and what is to be told of their sizes."""
+    reference, rounded = pair.fit(reference, node.size)
     # QEMU counts in sectors: up to one of them is no difference.
-    missing = carrier.virtual_size(reference.size) - node.size
-    if missing > 0 and not request.allow_shrunk:
-        raise errors.ImageError(
-            node.name,
-            f"is {units.describe(missing)} shorter than {reference.name}: "
-            "--allow-shrunk compares what it has",
-        )
-    if missing > 0:
-        return [f"{node.name} is {units.describe(missing)} shorter than {reference.name}"]
-    if missing < 0:
-        return [
-            f"{reference.name} is {units.describe(-missing)} shorter than {node.name}: "
-            "the rest is compared with zeros"
-        ]
-    return []
+    beyond = carrier.virtual_size(reference.size) - node.size
+    allow_shrunk = request.allow_shrunk
+    return reference, rounded + pair.size_notes(
+        node.name, reference.name, beyond, allow_shrunk=allow_shrunk
+    )
 
 
 def _notes(

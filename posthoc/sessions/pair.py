@@ -49,8 +49,9 @@ def open_pair(
             _check_apart(live, compared)
         opened = images.open(live, writable=writable, options=options)
         stack.callback(opened.close)
-        compared, rounded = _fit(compared, opened.size)
-        notes = _size_notes(opened, compared, allow_shrunk=allow_shrunk) + rounded
+        compared, rounded = fit(compared, opened.size)
+        beyond = compared.size - opened.size
+        notes = size_notes(opened.name, compared.name, beyond, allow_shrunk=allow_shrunk) + rounded
         reader = opened
         if isinstance(opened, file.FileImage | export.NbdImage):
             reader = opened.reader()
@@ -99,13 +100,16 @@ def adopt_pair(
         try:
             compared = images.open_reference(reference, options=options)
             stack.callback(compared.close)
-            compared, notes = _fit(compared, live.size)
+            compared, notes = fit(compared, live.size)
         except errors.UserError as error:
             compared, notes = absent.AbsentImage(reference, live.size, str(error)), (str(error),)
         yield Pair(live, reader, compared, notes)
 
 
-def _fit(reference: base.Image, size: int) -> tuple[base.Image, tuple[str, ...]]:
+def fit(reference: base.Image, size: int) -> tuple[base.Image, tuple[str, ...]]:
+    """Return `reference` without the zeros by which it is longer than a disk of `size` bytes only because
+    sizes are rounded up there, and what to tell of that (images.sizes). Raises ImageError.
+    """
     try:
         fitted, note = sizes.fit(reference, size)
     except OSError as error:
@@ -113,21 +117,24 @@ def _fit(reference: base.Image, size: int) -> tuple[base.Image, tuple[str, ...]]
     return fitted, () if note is None else (note,)
 
 
-def _size_notes(live: base.Image, reference: base.Image, *, allow_shrunk: bool) -> tuple[str, ...]:
-    difference = live.size - reference.size
-    if difference > 0:
+def size_notes(live: str, reference: str, beyond: int, *, allow_shrunk: bool) -> tuple[str, ...]:
+    """Return what to tell of a reference that has `beyond` bytes more than the live disk, or fewer.
+
+    Raises ImageError where it has more and `allow_shrunk` was not said.
+    """
+    if beyond < 0:
         return (
-            f"{reference.name} is {units.describe(difference)} shorter than {live.name}: "
+            f"{reference} is {units.describe(-beyond)} shorter than {live}: "
             "the rest is compared with zeros",
         )
-    if difference < 0 and not allow_shrunk:
+    if beyond > 0 and not allow_shrunk:
         raise errors.ImageError(
-            live.name,
-            f"is {units.describe(-difference)} shorter than {reference.name}: "
+            live,
+            f"is {units.describe(beyond)} shorter than {reference}: "
             "--allow-shrunk compares what it has",
         )
-    if difference < 0:
-        return (f"{live.name} is {units.describe(-difference)} shorter than {reference.name}",)
+    if beyond > 0:
+        return (f"{live} is {units.describe(beyond)} shorter than {reference}",)
     return ()
 
 

@@ -4,9 +4,9 @@
 
 Rounds of `posthoc attach`, `blockdev-backup sync=full` to a new qcow2 and `blockdev-mirror sync=full` on one
 cached disk: the wall time of each, alone and beside a writer, and how many synchronous 4 KiB writes a second
-that writer gets meanwhile (qemu-io by the guest's device, in QEMU's main loop) against none of them running.
-Then the size of what is called dirty, against QEMU's own bitmap over the same period. Read the ratios, not
-the figures.
+that writer gets meanwhile (qemu-io by the guest's device, in QEMU's main loop) and before, with none of them
+running. Then the incremental backup by attach's bitmap and the one by QEMU's own over the same period: the
+space that each file takes. Read the ratios, not the figures.
 
     scripts/bench/attach.py [--size 4G] [--rounds 3] [--folder DIR]
 
@@ -14,6 +14,7 @@ QEMU 7.2 now and then dies of this writer and a backup job at once (bdrv_node_re
 """
 
 import argparse
+import dataclasses
 import pathlib
 import random
 import shutil
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -31,6 +32,7 @@ from tests import command, qemu
 from tests.posthoc.qemu import running
 
 PIECE = 1 << 20
+SEGMENT = 64 << 10
 QUIET = 2.0
 
 
@@ -60,10 +62,20 @@ class Writer(threading.Thread):
             self.count += 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Seconds alone and beside a writer, and that writer's writes a second without and during it."""
+
+    alone: float
+    beside: float
+    quiet: float
+    during: float
+
+
 def measure(
     vm: running.Qemu, size: int, work: Callable[[], None], clean: Callable[[], None]
-) -> tuple[float, float, float]:
-    """Return the seconds of `work` alone and beside a writer, and the writes then over those without it."""
+) -> Round:
+    """Time `work` alone and beside a writer."""
     began = time.monotonic()
     work()
     alone = time.monotonic() - began
@@ -82,7 +94,7 @@ def measure(
         writer.ending = True
         writer.join()
     clean()
-    return alone, taken, during / quiet
+    return Round(alone, taken, quiet, during)
 
 
 def attach(vm: running.Qemu, reference: pathlib.Path) -> None:
@@ -118,9 +130,7 @@ def end_job(vm: running.Qemu, folder: pathlib.Path) -> None:
     (folder / "target.qcow2").unlink()
 
 
-def one_round(
-    vm: running.Qemu, name: str, reference: pathlib.Path, size: int
-) -> tuple[float, float, float]:
+def one_round(vm: running.Qemu, name: str, reference: pathlib.Path, size: int) -> Round:
     folder = reference.parent
     if name == "attach":
         return measure(vm, size, lambda: attach(vm, reference), lambda: remove_bitmap(vm))
@@ -128,43 +138,68 @@ def one_round(
 
 
 def compare_speed(live: pathlib.Path, reference: pathlib.Path, size: int, rounds: int) -> None:
-    results: dict[str, list[tuple[float, float, float]]] = {}
+    results: dict[str, list[Round]] = {}
     for _ in range(rounds):
         for name in ("attach", "blockdev-backup", "blockdev-mirror"):
             with running.running(running.Disk("disk0", live), system=True) as vm:
                 results.setdefault(name, []).append(one_round(vm, name, reference, size))
-    medians = {
-        name: [statistics.median(column) for column in zip(*found, strict=True)]
-        for name, found in results.items()
-    }
     print(f"{units.human(size)}, cached; medians of {rounds} rounds; x is against attach")
-    for name, (alone, beside, writes) in medians.items():
-        ours = medians["attach"]
+    ours = median(results["attach"])
+    for name, found in results.items():
+        now = median(found)
+        kept = statistics.median(each.during / each.quiet for each in found)
         print(
-            f"{name:16} alone {alone:6.2f} s ({alone / ours[0]:.2f} x)  beside a writer {beside:6.2f} s "
-            f"({beside / ours[1]:.2f} x), whose writes are {writes:4.0%} of before"
+            f"{name:16} alone {now.alone:6.2f} s ({now.alone / ours.alone:.2f} x)  "
+            f"beside a writer {now.beside:6.2f} s ({now.beside / ours.beside:.2f} x)"
+        )
+        print(
+            f"{'':16} the writer: {writes(now.during)} during it, {writes(now.quiet)} before, {kept:4.0%} kept"
         )
 
 
-def compare_bits(live: pathlib.Path, reference: pathlib.Path, size: int) -> None:
-    """Count both bitmaps after 2000 writes, of which every other one writes what is there already."""
+def median(rounds: Sequence[Round]) -> Round:
+    """Return the median of each figure."""
+    return Round(*map(statistics.median, zip(*map(dataclasses.astuple, rounds), strict=True)))
+
+
+def writes(rate: float) -> str:
+    """Return a rate of 4 KiB writes for people."""
+    return f"{rate:.0f} writes/s ({rate * running.BLOCK / 1e6:.2f} MB/s)"
+
+
+def compare_incrementals(live: pathlib.Path, reference: pathlib.Path, size: int) -> None:
+    """Back up by both bitmaps after up to 2000 writes, of which every other one writes what is there already."""
     chance = random.Random(2)
     with running.running(running.Disk("disk0", live), system=True) as vm:
-        segments = chance.sample(range(size // 65536), 2000)
+        segments = chance.sample(range(size // SEGMENT), min(2000, size // SEGMENT // 2))
         for segment in segments:
-            vm.write("disk0", segment * 65536, 4096, 1)
+            vm.write("disk0", segment * SEGMENT, running.BLOCK, 1)
         shutil.copyfile(live, reference)
-        arguments = {"node": "disk0", "name": "own", "granularity": 65536}
+        arguments = {"node": "disk0", "name": "own", "granularity": SEGMENT}
         vm.client("block-dirty-bitmap-add", arguments)
         for number, segment in enumerate(segments):
-            vm.write("disk0", segment * 65536, 4096, 1 + number % 2)
-        words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "posthoc", reference)
-        command.posthoc(*words)
+            vm.write("disk0", segment * SEGMENT, running.BLOCK, 1 + number % 2)
+        attach(vm, reference)
         found = vm.bitmaps("disk0")
-    own, ours = found["own"]["count"], found["posthoc"]["count"]
-    print(
-        f"dirty: QEMU's own {units.human(own)}, attach {units.human(ours)}, {ours / own:.2f} of it"
-    )
+        taken = {name: incremental(vm, name, reference, size) for name in ("own", "bench")}
+    for what, own, ours in (
+        ("dirty", found["own"]["count"], found["bench"]["count"]),
+        ("incremental backup's file", taken["own"], taken["bench"]),
+    ):
+        print(
+            f"{what}: by QEMU's own bitmap {units.human(own)}, by attach's {units.human(ours)}, "
+            f"{ours / own:.2f} of it"
+        )
+
+
+def incremental(vm: running.Qemu, bitmap: str, reference: pathlib.Path, size: int) -> int:
+    """Take the incremental backup by `bitmap` over the reference and return the space that its file takes."""
+    path = vm.new_target("target", size, (reference, "raw"))
+    vm.backup("target", device="disk0", sync="incremental", bitmap=bitmap)
+    vm.client("blockdev-del", {"node-name": "target"})
+    taken = path.stat().st_blocks * 512
+    path.unlink()
+    return taken
 
 
 def main() -> None:
@@ -179,7 +214,7 @@ def main() -> None:
         make(live, arguments.size)
         shutil.copyfile(live, reference)
         compare_speed(live, reference, arguments.size, arguments.rounds)
-        compare_bits(live, reference, arguments.size)
+        compare_incrementals(live, reference, arguments.size)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ def test_text_says_what_to_do_next(tmp_path: pathlib.Path) -> None:
     assert "state: complete\nnode: disk0\n" in result.stdout
     assert "dirty: 262144 (256.0 KiB)\n" in result.stdout
     assert '"sync": "incremental", "bitmap": "backup0"' in result.stdout
+    assert "virsh backup-begin and virtnbdbackup go on from a checkpoint" in result.stdout
+    assert "--checkpoint (virtnbdbackup: --bitmap virtnbdbackup.N, N the" in result.stdout
     assert result.stderr == (
         "posthoc: disk0 (raw) holds no persistent bitmap: this one is lost when QEMU ends\n"
     )
@@ -327,6 +329,26 @@ def test_reference_of_another_size(
         assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY
         if not options:
             assert attaching.agree(vm, disks)
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["vpc", "digest-of-a-vpc"])
+def test_reference_that_is_longer_by_its_format_s_rounding(
+    tmp_path: pathlib.Path, hashed: bool
+) -> None:
+    """A vpc has whole cylinders: its zeros beyond the disk are no reason for --allow-shrunk, and are told."""
+    disks = attaching.pair(tmp_path)
+    qemu.convert(disks.reference, tmp_path / "full.vpc", "vpc")
+    reference = f"vpc:{tmp_path}/full.vpc"
+    if hashed:
+        command.posthoc("digest", reference, "-o", tmp_path / "full.digest")
+        reference = str(tmp_path / "full.digest")
+    with running.running(disks.live) as vm:
+        words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "backup0")
+        result = command.posthoc(*words, reference)
+        assert f"{reference} is 8192 (8.0 KiB) longer than the live disk" in result.stderr
+        assert "rounded up" in result.stderr
+        assert vm.bitmaps("disk0")["backup0"]["count"] == 4 * attaching.GRANULARITY
+        assert attaching.agree(vm, disks)
 
 
 def test_disk_that_is_no_multiple_of_a_sector(tmp_path: pathlib.Path) -> None:

@@ -26,6 +26,22 @@ def test_a_digest_stands_for_its_reference(tmp_path: pathlib.Path, granularity: 
     assert qemu.dirty_segments(dirty, size) == expected
 
 
+def test_a_digest_of_a_vpc_stands_for_it_though_it_is_longer(tmp_path: pathlib.Path) -> None:
+    """A vpc ends in zeros up to a whole cylinder, and so does its digest: they are told and left out."""
+    live, reference = images.pair(tmp_path, changed=[0, 5, 63])
+    vpc, manifest, dirty = (tmp_path / name for name in ("vpc", "full.digest", "map.qcow2"))
+    qemu.convert(reference, vpc, "vpc")
+    command.posthoc("digest", f"vpc:{vpc}", "-o", manifest)
+    result = command.posthoc("diff", live, manifest, "-o", dirty, status=1)
+    assert f"{manifest} is " in result.stderr
+    assert "longer than the live disk, because sizes are rounded up there" in result.stderr
+    assert qemu.dirty_segments(dirty, SEGMENT) == {0, 5, 63}
+    assert command.posthoc("diff", reference, manifest).stdout
+    with open(live, "r+b") as stream:
+        stream.truncate(63 * SEGMENT)
+    assert "--allow-shrunk" in command.posthoc("diff", live, manifest, status=2).stderr
+
+
 def test_verify_tells_an_image_from_another(tmp_path: pathlib.Path) -> None:
     live, reference = images.pair(tmp_path, changed=[1, 2])
     manifest = tmp_path / "full.digest"

@@ -63,17 +63,21 @@ def attach(
     )
 
 
-def request(vm: running.Qemu, disks: Pair, **options: Any) -> examined.Request:
+def request(vm: running.Qemu, *pairs: Pair, **options: Any) -> examined.Request:
     """What `attach` would be asked for, with `options` of the Request's own."""
-    wish = examined.Wish(disks.live.node, str(disks.reference), "backup0")
-    return examined.Request((wish,), **{"directory": str(private(vm)), **options})
+    wishes = (examined.Wish(pair.live.node, str(pair.reference), "backup0") for pair in pairs)
+    return examined.Request(tuple(wishes), **{"directory": str(private(vm)), **options})
+
+
+def attach_all_here(vm: running.Qemu, *pairs: Pair, **options: Any) -> list[attached.Outcome]:
+    """The same within this process, which is quicker; raises what the command would tell."""
+    wanted = request(vm, *pairs, **options)
+    return trio.run(attached.attach, lambda: qmp.connect(vm.qmp), wanted)
 
 
 def attach_here(vm: running.Qemu, disks: Pair, **options: Any) -> attached.Outcome:
-    """The same within this process, which is quicker; raises what the command would tell."""
-    (outcome,) = trio.run(
-        attached.attach, lambda: qmp.connect(vm.qmp), request(vm, disks, **options)
-    )
+    """The same of one disk."""
+    (outcome,) = attach_all_here(vm, disks, **options)
     return outcome
 
 
@@ -133,12 +137,24 @@ def attach_with_signal_at(
     to_qemu: bool = False,
     again: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `posthoc attach` and send a signal when `step` is done, and `again` at all steps back."""
+    """Run `posthoc attach` for one disk and send a signal when `step` is done, and `again` at all steps back."""
+    words = ("--node", disks.live.node, "--bitmap", "backup0", *options, str(disks.reference))
+    return command_with_signal_at(step, number, vm, *words, to_qemu=to_qemu, again=again)
+
+
+def command_with_signal_at(
+    step: str,
+    number: signal.Signals,
+    vm: running.Qemu,
+    *words: str,
+    to_qemu: bool = False,
+    again: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """The same with the disks among the `words`."""
     process = vm.pid if to_qemu else 0
-    words = ["attach", "--qmp", vm.qmp, "--node", disks.live.node, "--bitmap", "backup0"]
-    words += ["--directory", str(private(vm)), *options, str(disks.reference)]
+    arguments = ["attach", "--qmp", vm.qmp, "--directory", str(private(vm)), *words]
     return subprocess.run(
-        [sys.executable, "-c", _HOOK, step, str(int(number)), str(process), str(again), *words],
+        [sys.executable, "-c", _HOOK, step, str(int(number)), str(process), str(again), *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

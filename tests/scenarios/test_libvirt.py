@@ -94,7 +94,11 @@ def test_checkpoint_gives_libvirt_s_own_incremental_backup(
         wait.until(lambda: written, "the first write")
         before = len(written)
         options = ("--target", "vda", "--bitmap", "backup0", "--checkpoint", "--rate", "32M")
-        attach(domain, *options, vda.reference)
+        said = attach(domain, *options, vda.reference).stdout
+        assert "  virsh backup-begin with <incremental>backup0</incremental>\n" in said
+        assert (
+            "  virtnbdbackup goes on from its own checkpoint only: --bitmap virtnbdbackup.N" in said
+        )
         assert len(written) > before
         during = len(written)
         wait.until(lambda: len(written) > during + 3, "writes after it is done")
@@ -148,6 +152,75 @@ def test_transient_bitmap_becomes_no_checkpoint(
     assert "is not persistent, which a checkpoint needs" in attach(domain, *words, status=2).stderr
     assert posthoc_names(domain) == []
     assert domain.virsh("checkpoint-list", "--name").split() == []
+
+
+def bitmaps(domain: libvirtd.Domain) -> list[tuple[str, int]]:
+    """Name and count of every bitmap in QEMU."""
+    nodes = domain.qmp("query-named-block-nodes", {"flat": True})
+    return [(found["name"], found["count"]) for n in nodes for found in n.get("dirty-bitmaps", [])]
+
+
+def test_checkpoint_of_other_disks_is_not_taken_for_this_one(libvirt: libvirtd.Libvirt) -> None:
+    """libvirt keeps one checkpoint of a name and says nothing when it is redefined: vda's would be lost."""
+    vda, vdb = (attaching.pair(libvirt.folder, "qcow2", node=name) for name in ("vda", "vdb"))
+    with libvirtd.domain(libvirt, "vm2", vda.live, vdb.live) as domain:
+        specs = ("--diskspec", "vda,checkpoint=bitmap", "--diskspec", "vdb,checkpoint=no")
+        domain.virsh("checkpoint-create-as", "ck0", *specs)
+        before = domain.virsh("checkpoint-dumpxml", "ck0", "--no-domain")
+        words = ("--target", "vdb", "--bitmap", "ck0", "--checkpoint", vdb.reference)
+        said = (
+            "posthoc: domain vm2 has a checkpoint ck0 already, of vda: name another, or give that one up "
+            "(virsh checkpoint-delete; --metadata where its bitmap is lost)\n"
+        )
+        assert attach(domain, *words, status=2).stderr == said
+        assert bitmaps(domain) == [("ck0", 0)]
+        # Nor is it where the bitmap is there and added to.
+        node = next(
+            block["inserted"]["node-name"]
+            for block in domain.qmp("query-block")
+            if "virtio-disk1" in block["qdev"]
+        )
+        added = {"node": node, "name": "ck0", "persistent": True}
+        domain.qmp("block-dirty-bitmap-add", added)
+        assert "has a checkpoint ck0" in attach(domain, "--merge", *words, status=2).stderr
+        assert domain.virsh("checkpoint-dumpxml", "ck0", "--no-domain") == before
+        # Of the same disk it is, and the checkpoint stays what it was.
+        words = ("--target", "vda", "--bitmap", "ck0", "--checkpoint", vda.reference)
+        attach(domain, "--merge", *words)
+        assert domain.virsh("checkpoint-dumpxml", "ck0", "--no-domain") == before
+        assert sorted(bitmaps(domain)) == [("ck0", 0), ("ck0", 4 * attaching.GRANULARITY)]
+
+
+def test_bitmap_that_libvirt_does_not_take_is_removed_again(
+    domain: libvirtd.Domain,
+    disks: tuple[attaching.Pair, attaching.Pair],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What failed is told in one line, and can be done again: no bitmap stands in its way, unless wanted."""
+    vda, _ = disks
+    virsh = tmp_path / "virsh"
+    no = 'case "$*" in *checkpoint-create*) echo "error: no space" >&2; exit 1;; esac'
+    virsh.write_text(f'#!/bin/bash\n{no}\nexec virsh "$@"\n')
+    virsh.chmod(0o755)
+    name = "virtnbdbackup.0"
+    words = ("--target", "vda", "--bitmap", name, "--checkpoint", vda.reference)
+    with monkeypatch.context() as patch:
+        patch.setenv("POSTHOC_VIRSH", str(virsh))
+        result = attach(domain, *words, status=2)
+        assert result.stdout == ""
+        assert result.stderr == (
+            f"posthoc: libvirt did not take {name} as a checkpoint: virsh checkpoint-create vm1: no space\n"
+        )
+        assert bitmaps(domain) == []
+        assert private_folders(domain) == []
+        kept = attach(domain, "--keep-on-failure", *words, status=2)
+        assert "is kept, and is right" in kept.stderr
+        assert bitmaps(domain) == [(name, 4 * attaching.GRANULARITY)]
+    said = attach(domain, "--merge", *words).stdout
+    assert f"  virtnbdbackup -d vm1 -l inc -o FOLDER, where {name} was its last backup\n" in said
+    assert domain.virsh("checkpoint-list", "--name").split() == [name]
+    assert posthoc_names(domain) == []
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,9 @@ class Qemu:
         self._connection(node).pwrite(bytes([pattern]) * length, start)
 
     def _backend(self, node: str) -> str:
-        """What qemu-io writes to: the device where there is one."""
-        return node if self.iothread else f"-d /machine/peripheral/dev-{node}/virtio-backend"
+        """What qemu-io writes to: the device, or what of it has the disk."""
+        backend = "" if self.iothread else "/virtio-backend"
+        return f"-d /machine/peripheral/dev-{node}{backend}"
 
     @property
     def server(self) -> pathlib.Path:
@@ -141,15 +142,17 @@ class Qemu:
         if node not in self.connections:
             server = self.server
             export = {"type": "nbd", "id": f"guest-{node}", "name": node, "node-name": node}
-            self.client("block-export-add", {**export, "writable": True})
+            thread = {"iothread": "io0"} if self.iothread else {}
+            self.client("block-export-add", {**export, **thread, "writable": True})
             handle = self.connections[node] = nbd.NBD()
             handle.connect_uri(qemu.uri(server, node))
         return self.connections[node]
 
     def _end_connections(self) -> None:
         if self.connections:
-            self.connections.clear()
+            # The server first: below 9.0 a client that goes by itself takes a QEMU with an iothread along.
             self.client("nbd-server-stop")
+            self.connections.clear()
             (self.folder / "nbd").unlink(missing_ok=True)
 
     def bitmaps(self, node: str) -> dict[str, dict[str, Any]]:
@@ -250,16 +253,22 @@ class Qemu:
 def running(
     *disks: Disk, system: bool = False, iothread: bool = False, arguments: Sequence[str] = ()
 ) -> Iterator[Qemu]:
-    """Run qemu-storage-daemon, or qemu-system, over `disks`; in an iothread when asked."""
+    """Run qemu-storage-daemon, or qemu-system, over `disks`; in an iothread when asked.
+
+    What holds a disk there is a device in qemu-system, in qemu-storage-daemon the export of Qemu.write.
+    """
     with folder() as where:
         command = _system(where) if system else _storage_daemon(where)
         if iothread:
             command += ["-object" if system else "--object", "iothread,id=io0"]
+        if system and iothread:
+            # virtio-blk moves its disk there when its guest starts it; SCSI does at once.
+            command += ["-device", "virtio-scsi-pci,id=scsi0,iothread=io0"]
         for disk in disks:
             command += ["-blockdev" if system else "--blockdev", json.dumps(disk.blockdev())]
-            # A node in an iothread has no device: its guest would have to start it for that.
-            if system and not iothread:
-                command += ["-device", f"virtio-blk-pci,drive={disk.node},id=dev-{disk.node}"]
+            if system:
+                driver = "scsi-hd,bus=scsi0.0" if iothread else "virtio-blk-pci"
+                command += ["-device", f"{driver},drive={disk.node},id=dev-{disk.node}"]
         command += arguments
         with (where / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -272,10 +281,6 @@ def running(
             process.wait()
             raise
         try:
-            if iothread:
-                for disk in disks:
-                    to_iothread = {"node-name": disk.node, "iothread": "io0"}
-                    instance.client("x-blockdev-set-iothread", to_iothread)
             yield instance
         finally:
             instance.stop()

@@ -11,6 +11,6 @@ def resident(path: pathlib.Path) -> set[int]:
     """Return the numbers of the pages of `path` that are cached."""
     with open(path, "rb") as stream:
         residency = pagecache._Residency(stream.fileno())
-        pages = residency._pages(0, -(-path.stat().st_size // mmap.PAGESIZE))
+        pages = residency.pages(0, -(-path.stat().st_size // mmap.PAGESIZE))
         residency.close()
     return {number for number, page in enumerate(pages) if page & 1}

@@ -34,6 +34,9 @@ _BLOCK = 4096
 _UNIT = 256 << 10
 # Units that are looked at before a read comes to them: farther than readahead gets, of which 8 MiB are in use.
 _AHEAD = (32 << 20) // _UNIT
+# Units that are looked at in one go; of these one in so many first.
+_STRIDE = (16 << 20) // _UNIT
+_SPARSE = 4
 # Units behind a read that are dropped with it: what was on its way then, and folios that reach beyond one read,
 # which are dropped whole or not at all.
 _BEHIND = (8 << 20) // _UNIT
@@ -51,7 +54,9 @@ _libc.mmap.argtypes = [
     ctypes.c_long,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_mincore = _libc.mincore
+_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_PAGE_MASK = -mmap.PAGESIZE
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -141,20 +146,23 @@ class _Residency:
     """
 
     def __init__(self, fd: int) -> None:
+        self._fd = fd
         self._size = os.lseek(fd, 0, os.SEEK_END)
         address = _libc.mmap(None, max(self._size, 1), mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
         self._address: int | None = None if address in (None, _FAILED) else address
-        # Unit -> the ranges of its pages that were not there.
+        # Of the units in `_known` those that were not all there, with the ranges of the pages that were not.
         self._absent: dict[int, list[Range]] = {}
         self._known = range(0)
         self._lock = threading.Lock()
 
     def was_cached(self, start: int, length: int) -> bool:
         """Return whether the range was in the cache, before anything near it was read through this."""
-        wanted = range(start // _UNIT, -(-(start + length) // _UNIT))
+        first, stop = start // _UNIT, -(-(start + length) // _UNIT)
         with self._lock:
-            self._look_ahead(wanted)
-            return not any(self._absent[unit] for unit in wanted)
+            if not (self._known.start <= first and stop + _AHEAD <= self._known.stop):
+                self._look_ahead(first, stop)
+            absent = self._absent
+            return not absent or not any(unit in absent for unit in range(first, stop))
 
     def absent_before(self, end: int) -> list[Range]:
         """Return the ranges that were not there, up to the unit in which `end` is and from a few before it."""
@@ -168,43 +176,62 @@ class _Residency:
                     joined.append((first, last))
         return joined
 
-    def _look_ahead(self, wanted: range) -> None:
+    def _look_ahead(self, first: int, stop: int) -> None:
         known = self._known
-        ahead = _AHEAD
-        if not known.start <= wanted.start <= known.stop + _AHEAD:
+        if known.start <= first <= known.stop + _AHEAD:
+            # In strides: a look by itself costs little, coming here for each of them more.
+            stop += _AHEAD + _STRIDE
+        else:
             # A jump to somewhere: one read sets off one readahead at most.
             self._absent.clear()
-            known, ahead = range(wanted.start, wanted.start), 0
-        stop = max(known.stop, wanted.stop + ahead)
-        for unit in range(known.stop, stop):
-            self._absent[unit] = self._look(unit)
-        start = max(known.start, wanted.start - _AHEAD)
-        for unit in range(known.start, start):
-            del self._absent[unit]
-        self._known = range(start, stop)
+            known = range(first, first)
+        self._look(known.stop, stop)
+        self._known = range(max(known.start, first - _AHEAD), max(known.stop, stop))
+        for unit in range(known.start, self._known.start):
+            self._absent.pop(unit, None)
 
-    def _look(self, unit: int) -> list[Range]:
-        start, end = unit * _UNIT, min((unit + 1) * _UNIT, self._size)
-        if start >= end:
-            return []
+    def _look(self, first: int, stop: int) -> None:
+        stop = min(stop, -(-self._size // _UNIT))
+        # Of a disk that is cached altogether this is all that is seen, and costs a quarter.
+        if all(map(self._is_there, range(stop - 1, first - 1, -_SPARSE))):
+            return
+        data = 0
+        for unit in range(first, stop):
+            start, end = unit * _UNIT, min((unit + 1) * _UNIT, self._size)
+            if end <= data or self._address is None:
+                self._absent[unit] = [(start, end)]
+            elif not self._is_there(unit):
+                self._absent[unit] = self._absent_pages(start, end)
+                data = self._next_data(end)
+
+    def _is_there(self, unit: int) -> bool:
+        """Look at the last page: whoever reads from the front and stops within leaves that out."""
         if self._address is None:
-            return [(start, end)]
-        # Whoever reads from the front and stops within leaves the last page out.
-        last = (end - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._pages(last, 1)[0] & 1:
-            return []
-        pages = self._pages(start, -(-(end - start) // mmap.PAGESIZE))
+            return False
+        last = (min((unit + 1) * _UNIT, self._size) - 1) & _PAGE_MASK
+        page = ctypes.c_ubyte()
+        return _mincore(self._address + last, 1, ctypes.byref(page)) == 0 and page.value & 1 == 1
+
+    def _next_data(self, start: int) -> int:
+        """Return up to where there is nothing that could be cached, `start` where that is not known."""
+        try:
+            return os.lseek(self._fd, start, os.SEEK_DATA)
+        except OSError as error:
+            return self._size if error.errno == errno.ENXIO else start
+
+    def _absent_pages(self, start: int, end: int) -> list[Range]:
+        pages = self.pages(start, -(-(end - start) // mmap.PAGESIZE))
         return [
             (start + run[0] * mmap.PAGESIZE, start + (run[-1] + 1) * mmap.PAGESIZE)
             for there, grouped in itertools.groupby(range(len(pages)), lambda page: pages[page] & 1)
             if not there and (run := list(grouped))
         ]
 
-    def _pages(self, start: int, count: int) -> bytearray:
+    def pages(self, start: int, count: int) -> bytearray:
         """Return mincore's byte for each page, 0 where it does not say."""
         pages = bytearray(count)
         into = (ctypes.c_ubyte * count).from_buffer(pages)
-        _libc.mincore((self._address or 0) + start, count * mmap.PAGESIZE, into)
+        _mincore((self._address or 0) + start, count * mmap.PAGESIZE, into)
         return pages
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place where the file system is mounted: is it fit, who is mounted there, take it away.
+"""The place where the file system is mounted: is it fit, who is mounted there, what takes it away.
 
 What is mounted is read from /proc/self/mountinfo (proc(5)), never by looking into the mount: a stat() of
 a file system whose server hangs, hangs too. For the same reason the process that *is* the server lets a

@@ -47,6 +47,12 @@ class Reader:
             self._buffers[side].ctypes.data for side in (LIVE, REFERENCE)
         )
         self._report = report
+        # Set beside a guest, which is not to wait while this thread copies.
+        self.gentle = False
+        self._gentle_reads = {
+            side: image.read_gently if isinstance(image, base.CopiedImage) else image.read_into
+            for side, image in self._images.items()
+        }
 
     def differing(self, start: int, length: int, kind: plan.Kind) -> compare.Mask:
         """Return for each segment of a run whether it differs or cannot be read.
@@ -123,7 +129,8 @@ class Reader:
         image = self._images[side]
         available = max(0, min(length, image.size - start))
         if available:
-            image.read_into(start, self._views[side][:available])
+            read = self._gentle_reads[side] if self.gentle else image.read_into
+            read(start, self._views[side][:available])
         if available < length:
             self._buffers[side][available:length] = 0
 

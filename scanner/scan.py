@@ -72,6 +72,7 @@ class Scan:
         self._pace = pace.Pace(rate, courtesy)
         self._meters = {name: progress.Meter(clock()) for name in ("read", "decided")}
         self._paused = paused
+        self._at_work = 0
         self._wanted = _check_workers(workers)
         self._halted = False
         self._exhausted = False
@@ -127,6 +128,11 @@ class Scan:
         if self._crew is not None:
             self._crew.wake()
 
+    def wake(self) -> None:
+        """Let the workers ask the courtesy at once, which has changed its mind."""
+        with self._changed:
+            self._changed.notify_all()
+
     def _set(self, *, paused: bool) -> None:
         with self._changed:
             self._paused = paused
@@ -170,6 +176,7 @@ class Scan:
         """Run threads until they have decided everything or are halted."""
         self._failure = self._bug = None
         self._halted = self._exhausted = False
+        self._at_work = 0
         pass_plan = plan.Plan(
             self._live,
             self._reference,
@@ -212,33 +219,35 @@ class Scan:
                 self.decisions.granularity,
                 self._note_error,
             )
-            ended = took = 0.0
-            while (chunk := self._next(number, ended, took)) is not None:
-                began = self._clock()
+            while (chunk := self._next(number)) is not None:
+                desk.gentle = self._pace.gentle
                 self._decide(chunk, desk)
-                ended = self._clock()
-                took = ended - began
                 with self._changed:
-                    self._meters["decided"].add(chunk.length, ended)
+                    self._at_work -= 1
+                    self._meters["decided"].add(chunk.length, self._clock())
         except base.GoneError as error:
             self._fail(str(error.strerror or error), None)
         except BaseException as error:  # noqa: BLE001  # handed to run(), which raises it
             self._fail(f"{type(error).__name__}: {error}", error)
 
-    def _next(self, number: int, ended: float, took: float) -> plan.Run | None:
+    def _next(self, number: int) -> plan.Run | None:
         """Wait until this thread may work and return its next chunk; None when it is to end."""
         with self._changed:
             while True:
-                if self._halted or number >= self._wanted:
+                if self._halted or self._exhausted or number >= self._wanted:
                     return None
-                wait = None if self._paused else self._pace.delay(self._clock(), ended, took)
+                wait = None if self._paused else self._pace.delay(self._clock(), self._at_work)
                 if wait == 0:
                     break
                 self._changed.wait(wait)
+            self._at_work += 1
         with self._chunks_lock:
             chunk = next(self._chunks, None)
         if chunk is None:
-            self._exhausted = True
+            # Who rests beside a guest need not see for himself.
+            with self._changed:
+                self._exhausted = True
+                self._changed.notify_all()
         return chunk
 
     def _fail(self, failure: str, bug: BaseException | None) -> None:

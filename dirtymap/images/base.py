@@ -88,6 +88,14 @@ class CachedImage(Image, Protocol):
 
 
 @runtime_checkable
+class CopiedImage(Image, Protocol):
+    """One whose bytes may lie in this machine's memory, where reading them is copying."""
+
+    def read_gently(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` as `read_into` does, in copies so short that whoever waits for the CPU gets it in between."""
+
+
+@runtime_checkable
 class HashedImage(Image, Protocol):
     """A reference of which only hashes are known: it answers whether bytes are the same."""
 

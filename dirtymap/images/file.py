@@ -39,6 +39,10 @@ class FileImage:
         """Fill `buffer` from `start` on and leave the page cache as it was; raises OSError."""
         self._reader.read_into(start, buffer)
 
+    def read_gently(self, start: int, buffer: memoryview) -> None:
+        """Do the same in short copies; raises OSError."""
+        self._reader.read_into(start, buffer, gently=True)
+
     def read(self, start: int, length: int) -> bytes:
         """Return the bytes from `start` on, through the page cache, as a guest reads; raises OSError."""
         parts = bytearray()

@@ -102,6 +102,13 @@ class MappedImage(export.NbdImage):
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer`; raises OSError, GoneError where the server has died."""
+        self._read_into(start, buffer, gently=False)
+
+    def read_gently(self, start: int, buffer: memoryview) -> None:
+        """Do the same in short copies; raises OSError, GoneError where the server has died."""
+        self._read_into(start, buffer, gently=True)
+
+    def _read_into(self, start: int, buffer: memoryview, *, gently: bool) -> None:
         mapped = self._map
         if mapped is None:
             super().read_into(start, buffer)
@@ -111,7 +118,7 @@ class MappedImage(export.NbdImage):
             part = buffer[at - start : at - start + length]
             if piece.depth == _ZEROS:
                 part[:] = bytes(length)
-            elif piece.depth == _ELSEWHERE or not mapped.read(piece, at, part):
+            elif piece.depth == _ELSEWHERE or not mapped.read(piece, at, part, gently):
                 super().read_into(at, part)
         # Last: until here its locks have kept writers away.
         if self.server is not None and not self.server.is_alive():
@@ -169,13 +176,13 @@ class Map:
                 yield start, last - start, piece
                 start = last
 
-    def read(self, piece: _Piece, start: int, buffer: memoryview) -> bool:
+    def read(self, piece: _Piece, start: int, buffer: memoryview, gently: bool = False) -> bool:
         """Fill `buffer` with guest bytes from `start` on, all in `piece`; return whether that worked."""
         reader = self._readers.get(piece.depth)
         if reader is None:
             return False
         try:
-            reader.read_into(piece.offset + start - piece.start, buffer)
+            reader.read_into(piece.offset + start - piece.start, buffer, gently=gently)
         except OSError:
             # Beyond the file's end, where QEMU knows zeros; or unreadable, which it will tell.
             return False

@@ -82,6 +82,10 @@ class Datapath(Protocol):
         """The write bitmap and the guest's statistics."""
 
     @property
+    def depth(self) -> int:
+        """How many of the guest's requests are under way at this moment, as far as can be seen; for any thread."""
+
+    @property
     def disk(self) -> Disk:
         """Who answers those of the disk's requests that reach pyfuse3."""
 

@@ -104,6 +104,11 @@ class ForwardDatapath:
         mount = kept.KeptMount(memory, descriptors, path, program=program, log_path=log)
         return cls(memory, mount, ForwardDisk(image, record, threads), record, threads)
 
+    @property
+    def depth(self) -> int:
+        """How many requests are being worked on."""
+        return self.recorder.depth
+
     def description(self) -> str:
         """Return what `status` says of it, with what this kernel cannot do."""
         count = python.threads(self._threads)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import subprocess
 import time
@@ -89,6 +90,16 @@ class KeptMount:
         if not header.locked:
             told += "; a kill may fail a request (buffers not locked: raise RLIMIT_MEMLOCK)"
         return told
+
+    def has_waiting(self) -> bool:
+        """Tell whether there are requests that the server has not read yet; for any thread."""
+        descriptors = self._descriptors
+        if descriptors is None or descriptors.fuse < 0:
+            return False
+        watch = select.poll()
+        watch.register(descriptors.fuse, select.POLLIN)
+        # At once: nothing is left behind that each request would wake.
+        return bool(watch.poll(0))
 
     def open_device(self, mountpoint: str, options: datapath.MountOptions) -> str:
         """Mount, start the keeper, see INIT arrive; return pyfuse3's end of the socket as /dev/fd/N.

@@ -145,6 +145,11 @@ class NativeDatapath:
         return self._live
 
     @property
+    def depth(self) -> int:
+        """How many requests the server's threads are in, and one more for all that wait for a thread."""
+        return self.recorder.depth + self._mount.has_waiting()
+
+    @property
     def scan(self) -> npt.NDArray[np.uint8]:
         """Memory for the scanner's decisions: zero at first, and kept from session to session."""
         return self.memory.scan

@@ -147,6 +147,11 @@ class PythonDatapath:
         self.disk = PythonDisk(image, record, threads)
         self._threads = threads
 
+    @property
+    def depth(self) -> int:
+        """How many requests are being worked on."""
+        return self.recorder.depth
+
     def description(self) -> str:
         """Return what `status` says of it."""
         return f"python, {threads(self._threads)}"

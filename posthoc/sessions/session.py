@@ -276,6 +276,7 @@ class Session:
     def set_pacing(self, on: bool) -> None:
         """Give way to the guest, or not."""
         self._courtesy.enabled = on
+        self._scan.wake()
         self._keep(pacing=on)
 
     # What is told
@@ -309,7 +310,7 @@ class Session:
             "output_failure": self._output.failure,
             "pacing": self._courtesy.allowed if self._courtesy.enabled else None,
             "guest": self._guest(),
-            "depth": self._way.recorder.depth,
+            "depth": self._way.depth,
             "pid": os.getpid(),
         }
 
@@ -379,7 +380,7 @@ def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:
         return np.stack([kind.histogram for kind in (guest.read, guest.write, guest.flush)])
 
     bounds = [recorder.bucket_end(bucket) / 1e9 for bucket in range(recorder.BUCKETS)]
-    return courtesy.Courtesy(sample, np.array(bounds), depth=lambda: way.recorder.depth)
+    return courtesy.Courtesy(sample, np.array(bounds), depth=lambda: way.depth)
 
 
 def _error_text(error: progress.ScanError) -> str:

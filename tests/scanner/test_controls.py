@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from dirtymap.images import base
-from scanner import plan, progress, scan
+from scanner import pace, plan, progress, scan
 from tests.scanner import fakes
 from tests.scanner.test_scan import SMALL, dirty, pair, truth
 
@@ -256,15 +256,16 @@ async def test_one_scan_runs_once_at_a_time() -> None:
 
 
 class Moody:
-    """A courtesy that allows nothing until told otherwise."""
+    """A courtesy that allows nothing until told otherwise, asked a hundred times a second."""
 
-    def __init__(self) -> None:
-        self.value = 0.0
+    def __init__(self, wait: float = 0.01, *, guest: bool = True) -> None:
+        self.seconds = wait
+        self.guest = guest
         self.asked = 0
 
-    def share(self) -> float:
+    def wait(self) -> float:
         self.asked += 1
-        return self.value
+        return self.seconds
 
 
 async def test_a_guest_that_needs_everything_stops_the_scan() -> None:
@@ -275,7 +276,37 @@ async def test_a_guest_that_needs_everything_stops_the_scan() -> None:
         nursery.start_soon(lab.scan.run)
         await fakes.until(lambda: courtesy.asked > 4)
         assert lab.live.reads == []
-        courtesy.value = 1.0
+        courtesy.seconds = 0.0
+    lab.check_complete()
+
+
+async def test_a_courtesy_that_has_changed_its_mind_is_asked_at_once() -> None:
+    """Pacing switched off in the middle of a long rest."""
+    courtesy = Moody(3600.0)
+    lab = Lab(math.inf, courtesy=courtesy)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lab.scan.run)
+        await fakes.until(lambda: courtesy.asked == 2)
+        courtesy.seconds = 0.0
+        lab.scan.wake()
+    lab.check_complete()
+
+
+async def test_beside_a_guest_some_workers_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With half of the CPUs for the scan one of two workers has a chunk; without the guest both."""
+    monkeypatch.setattr(pace, "_BESIDE_A_GUEST", 1)
+    monkeypatch.setattr(pace, "_ASK_AGAIN", 0.01)
+    courtesy = Moody(0.0)
+    lab = Lab(courtesy=courtesy)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lab.scan.run)
+        await lab.stopped_at(1)
+        asked = courtesy.asked
+        await fakes.until(lambda: courtesy.asked > asked + 4)
+        assert lab.gate.waiting == 1
+        courtesy.guest = False
+        await lab.stopped_at(2)
+        lab.gate.let(math.inf)
     lab.check_complete()
 
 

@@ -6,14 +6,15 @@ import pytest
 from scanner import pace
 
 
-class Share:
+class Mood:
     """A courtesy that says what the test wants."""
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    def __init__(self, wait: float = 0.0, *, guest: bool = True) -> None:
+        self.seconds = wait
+        self.guest = guest
 
-    def share(self) -> float:
-        return self.value
+    def wait(self) -> float:
+        return self.seconds
 
 
 def test_without_a_limit_nobody_waits() -> None:
@@ -21,7 +22,8 @@ def test_without_a_limit_nobody_waits() -> None:
     free = pace.Pace()
     free.charge(1 << 40, 0.0)
     assert free.delay(0.0) == 0
-    assert free.delay(5.0, ended=5.0, took=5.0) == 0
+    assert free.delay(5.0, at_work=99) == 0
+    assert not free.gentle
 
 
 def test_a_limit_spreads_what_is_read_over_time() -> None:
@@ -61,40 +63,30 @@ def test_a_new_limit_holds_at_once() -> None:
     assert limited.delay(10.0) == 0
 
 
-def test_a_share_of_a_quarter_rests_three_times_as_long_as_it_works() -> None:
-    """The rest is what makes the work that share of the time."""
-    quarter = pace.Pace(courtesy=Share(0.25))
-    assert quarter.delay(5.0, ended=5.0, took=0.01) == pytest.approx(0.03)
-    assert quarter.delay(5.02, ended=5.0, took=0.01) == pytest.approx(0.01)
-    assert quarter.delay(5.03, ended=5.0, took=0.01) == pytest.approx(0)
-    assert pace.Pace(courtesy=Share(1.0)).delay(5.0, ended=5.0, took=0.01) == 0
-
-
-def test_a_long_rest_is_looked_at_anew_but_not_cut_short() -> None:
-    """A chunk of 0.12 s at a twentieth is followed by 2.28 s. After a quarter of a second it went on all the same."""
-    courtesy = Share(0.05)
+def test_a_worker_waits_as_long_as_the_courtesy_says() -> None:
+    courtesy = Mood(0.3)
     giving = pace.Pace(courtesy=courtesy)
-    assert giving.delay(5.0, ended=5.0, took=0.12) == pace.LONGEST_REST
-    assert giving.delay(6.0, ended=5.0, took=0.12) == pace.LONGEST_REST
-    assert giving.delay(7.2, ended=5.0, took=0.12) == pytest.approx(0.08)
-    courtesy.value = 1.0
-    assert giving.delay(5.25, ended=5.0, took=0.12) == 0
-
-
-def test_a_share_of_nothing_waits_until_it_changes() -> None:
-    """While the guest needs everything, a worker only asks again."""
-    courtesy = Share(0.0)
-    giving = pace.Pace(courtesy=courtesy)
-    assert giving.delay(5.0) > 0
-    assert giving.delay(5.0, ended=5.0, took=1.0) > 0
-    courtesy.value = 1.0
+    assert giving.delay(5.0) == 0.3
+    courtesy.seconds = 0.0
     assert giving.delay(5.0) == 0
 
 
-def test_a_rest_is_waited_for_within_a_limit() -> None:
-    """A worker's own rest and the common limit: the longer one counts."""
-    limited = pace.Pace(100, Share(0.5))
-    assert limited.delay(1.0, ended=1.0, took=0.1) == pytest.approx(0.1)
+def test_what_has_to_be_paid_comes_first() -> None:
+    """The courtesy is asked when the limit lets a worker go on: what it then says is of that moment."""
+    courtesy = Mood(0.3)
+    limited = pace.Pace(100, courtesy)
     limited.charge(200, 1.0)
-    assert limited.delay(1.0, ended=1.0, took=0.1) == pytest.approx(2.0)
-    assert limited.delay(3.0, ended=1.0, took=0.1) == 0
+    assert limited.delay(1.0) == pytest.approx(2.0)
+    assert limited.delay(3.0) == 0.3
+
+
+def test_half_of_the_cpus_are_left_to_a_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_BESIDE_A_GUEST", 2)
+    courtesy = Mood()
+    giving = pace.Pace(courtesy=courtesy)
+    assert giving.gentle
+    assert giving.delay(5.0, at_work=1) == 0
+    assert giving.delay(5.0, at_work=2) > 0
+    courtesy.guest = False
+    assert not giving.gentle
+    assert giving.delay(5.0, at_work=2) == 0

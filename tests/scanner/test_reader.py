@@ -57,6 +57,26 @@ def test_a_distant_image_is_asked_for_much_at_once() -> None:
     assert far.reads == [(0, 4 << 20), (4 << 20, 4 << 20), (8 << 20, 1 << 20)]
 
 
+class CopiedImage(fakes.MemoryImage):
+    gently = 0
+
+    def read_gently(self, start: int, buffer: memoryview) -> None:
+        self.gently += len(buffer)
+        self.read_into(start, buffer)
+
+
+def test_what_lies_in_memory_is_read_gently_beside_a_guest() -> None:
+    content = bytes(range(256)) * (8 << 12)
+    copied, other = CopiedImage(bytearray(content)), fakes.MemoryImage(bytearray(content))
+    assert isinstance(copied, base.CopiedImage)
+    read, _ = desk(copied, other)
+    read.differing(0, 8 << 20, Kind.COMPARE)
+    assert copied.gently == 0
+    read.gentle = True
+    assert not read.differing(0, 8 << 20, Kind.COMPARE).any()
+    assert copied.gently == 8 << 20
+
+
 def test_beyond_the_references_end_are_zeros_and_not_what_was_there_before() -> None:
     """The buffer's old contents must not stand in for what the reference does not have."""
     live, reference = disk(7, 0, 7, 0), disk(7, 7)

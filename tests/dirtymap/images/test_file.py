@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw images: files and block devices, their holes, their locks, the page cache."""
 
+import contextlib
 import errno
 import mmap
 import os
@@ -296,3 +297,35 @@ def test_what_was_written_through_the_cache_is_read_around_it(workdir: Path) -> 
         reader.read_into(0, buffer.data)
         reader.close()
         assert buffer[5 * MIB + 5000 :][:3].tobytes() == b"new"
+
+
+def test_a_gentle_read_copies_a_little_at_a_time(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cache, where the kernel copies; around it nothing is copied, and larger is faster."""
+    path = workdir / "disk.raw"
+    path.write_bytes(content := os.urandom(2 * MIB + 100))
+    lengths: list[int] = []
+    preadv = os.preadv
+
+    def spy(fd: int, buffers: list[memoryview], start: int) -> int:
+        lengths.extend(len(buffer) for buffer in buffers)
+        return preadv(fd, buffers, start)
+
+    buffer = np.frombuffer(mmap.mmap(-1, 2 * MIB + 100), np.uint8)
+    with contextlib.closing(images.open(str(path))) as image:
+        assert isinstance(image, base.CopiedImage)
+        monkeypatch.setattr(os, "preadv", spy)
+        image.read_gently(100, buffer[: 2 * MIB].data)
+        assert buffer[: 2 * MIB].tobytes() == content[100:]
+        assert sum(lengths) == 2 * MIB
+        assert max(lengths) == 64 << 10
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    lengths.clear()
+    with contextlib.closing(images.open(str(path))) as image:
+        assert isinstance(image, base.CopiedImage)
+        image.read_gently(0, buffer[: 2 * MIB].data)
+        assert buffer[: 2 * MIB].tobytes() == content[: 2 * MIB]
+        assert lengths == [2 * MIB]

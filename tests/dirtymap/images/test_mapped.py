@@ -89,6 +89,9 @@ def test_every_kind_of_qcow2_reads_as_qemu_reads_it(
         expected = read(judge)
         assert any(expected)
         assert read(image) == expected
+        gently = bytearray(b"\xee") * SIZE
+        image.read_gently(0, memoryview(gently))
+        assert gently == expected
         chosen = random.Random(2)
         for _ in range(100):
             start = chosen.randrange(SIZE - 1)

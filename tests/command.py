@@ -2,6 +2,7 @@
 """The command as a user runs it: `python -m posthoc VERB ...` of this tree."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -81,6 +82,32 @@ def mounted(
         raise
     if is_mounted(mountpoint):
         posthoc("umount", mountpoint)
+
+
+@contextlib.contextmanager
+def in_foreground(
+    live: Path, reference: Path, mountpoint: Path, *options: Path
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """Run `mount --foreground --json` and yield it with what it told when the disk was there.
+
+    Only then a signal means the end of a mount: before, it means that nothing came of it. Killed in the end.
+    """
+    session = subprocess.Popen(
+        words("mount", "--foreground", "--json", *options, live, reference, mountpoint),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert session.stdout is not None
+        lines = itertools.takewhile(
+            lambda line: line not in ("}\n", ""), iter(session.stdout.readline, None)
+        )
+        yield session, json.loads("".join(lines) + "}")
+    finally:
+        session.kill()
+        session.communicate()
 
 
 def status(mountpoint: pathlib.Path) -> dict[str, Any]:

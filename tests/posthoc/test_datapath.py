@@ -4,7 +4,6 @@
 import os
 import pathlib
 import signal
-import subprocess
 import time
 
 import pytest
@@ -202,18 +201,10 @@ def test_a_stopped_keeper_does_not_hold_up_the_end(tmp_path: Path, mountpoint: P
 
 def test_a_stopped_keeper_does_not_hold_up_a_signal(tmp_path: Path, mountpoint: Path) -> None:
     live, reference = images.pair(tmp_path)
-    session = subprocess.Popen(
-        command.words("mount", "--datapath", "native", "--foreground", live, reference, mountpoint),
-        env=command.environment(),
-        stderr=subprocess.PIPE,
-    )
-    try:
-        wait.until((mountpoint / "disk").exists, "it answers")
+    native = ("--datapath", "native")
+    with command.in_foreground(live, reference, mountpoint, *native) as (session, _):
         os.kill(min(killing.natives(mountpoint)), signal.SIGSTOP)
         session.terminate()
         assert session.wait(30) == 0
         assert not command.is_mounted(mountpoint)
         assert not killing.natives(mountpoint)
-    finally:
-        session.kill()
-        session.communicate()

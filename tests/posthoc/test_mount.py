@@ -5,7 +5,6 @@ import json
 import mmap
 import os
 import pathlib
-import select
 import signal
 import stat
 import subprocess
@@ -354,46 +353,23 @@ def test_foreground_stays_until_it_is_unmounted(
     tmp_path: Path, mountpoint: Path, datapath: str
 ) -> None:
     live, reference = images.pair(tmp_path)
-    session = subprocess.Popen(
-        command.words("mount", "--foreground", "--datapath", datapath, live, reference, mountpoint),
-        env=command.environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait.until(lambda: command.is_mounted(mountpoint), "it is mounted")
-        wait.until((mountpoint / "disk").exists, "it answers")
+    with command.in_foreground(live, reference, mountpoint, "--datapath", datapath) as (session, _):
         assert session_pid(mountpoint) == session.pid
         command.posthoc("umount", mountpoint)
         assert session.wait(60) == 0
-    finally:
-        session.kill()
-        session.communicate()
 
 
 def test_foreground_json_tells_when_it_is_ready(tmp_path: Path, mountpoint: Path) -> None:
     """It printed nothing at all: who had started it could not know when the disk was there."""
     live, reference = images.pair(tmp_path)
-    session = subprocess.Popen(
-        command.words("mount", "--foreground", "--json", live, reference, mountpoint),
-        env=command.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert session.stdout is not None
-        wait.until(lambda: select.select([session.stdout], [], [], 0)[0], "it tells")
-        facts = json.loads("".join(iter(session.stdout.readline, "}\n")) + "}")
+    with command.in_foreground(live, reference, mountpoint) as (session, facts):
         assert facts["mountpoint"] == str(mountpoint)
         assert facts["disk"] == str(mountpoint / "disk")
         assert facts["size"] == os.stat(facts["disk"]).st_size
         command.posthoc("umount", mountpoint)
         assert session.wait(60) == 0
+        assert session.stdout is not None
         assert session.stdout.read() == ""
-    finally:
-        session.kill()
-        session.communicate()
 
 
 def test_umount_says_who_holds_the_disk(tmp_path: Path, mountpoint: Path, datapath: str) -> None:

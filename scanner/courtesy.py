@@ -55,7 +55,8 @@ _SLICE, _TELLING = 1.2, 0.5
 # Not asked for this long (seconds), the scan was paused or over, and what was counted is of no condition.
 _FORGOTTEN = 10.0
 
-# Fewer requests than this in a second, and one under way at less than so many looks, are a guest that does nothing.
+# Fewer requests than this in a second, and one under way for less than such a part of the time, are a guest that does
+# nothing.
 _BUSY, _UNDER_WAY = 20, 0.05
 
 # Looks at the depth in each rest. Few: each is a thread that wakes up.
@@ -108,13 +109,16 @@ class Part:
     counts: Histograms
     depths: Depths
 
-    def is_idle(self) -> bool:
+    def is_idle(self, bounds: Values) -> bool:
         """Tell whether there was surely nobody to give way to.
 
-        Few requests alone do not say so: a guest that waits for the scan makes few.
+        Few requests alone do not say so: a guest that waits for the scan makes few. What it waited for is known of
+        those that ended, and of those that did not from the looks.
         """
-        few = self.depths.mean < _UNDER_WAY and int(self.counts.sum()) < _BUSY * self.seconds
-        return few and self.seconds >= _TELLING
+        few = int(self.counts.sum()) < _BUSY * self.seconds
+        waited = float(self.counts.sum(axis=0) @ bounds)
+        short = max(self.depths.mean, waited / self.seconds) < _UNDER_WAY
+        return few and short and self.seconds >= _TELLING
 
 
 class Condition:
@@ -188,7 +192,8 @@ class Courtesy:
         self._with, self._without = Condition(shape), Condition(shape)
         self._share = 1.0
         self._idle = True
-        self._slowest = 0.0
+        # The seconds that it settles, while it does.
+        self._settling = 0.0
         # The present part of the round.
         self._working = True
         self._began = self._due = self._next_look = self._pause = 0.0
@@ -196,13 +201,18 @@ class Courtesy:
         self._depths = Depths()
         self._start()
 
-    def wait(self) -> float:
-        """Return the seconds after which a worker asks again, 0 if it may take a chunk."""
+    def wait(self, at_work: int = 0) -> float:
+        """Return the seconds after which a worker asks again, 0 if it may take a chunk; `at_work` others have one."""
         if not self.enabled:
+            # What comes until it is switched on again is of no condition.
+            self._due = -math.inf
             return 0.0
         now = self._clock()
         if now > self._due + _FORGOTTEN:
             self._start()
+        if now >= self._due and self._settling and at_work:
+            # It is not over before the last chunk is.
+            self._due = now + max(self._settling, _REST / _LOOKS)
         if now >= self._due:
             self._begin(*self._rounds.send(self._end(now)))
             now = self._began
@@ -240,7 +250,7 @@ class Courtesy:
         self._working = working
         self._began = self._next_look = self._clock()
         self._due = self._began + seconds
-        self._pause = seconds / _LOOKS
+        self._pause = max(seconds, _REST) / _LOOKS
         self._seen = self._sample()
         self._depths = Depths()
 
@@ -249,50 +259,64 @@ class Courtesy:
 
     def _play(self) -> Generator[tuple[bool, float], Part, None]:
         """Yield whether to work, and the seconds, of each part of the rounds, and be sent what was seen in it."""
-        work, rest = _WORK, _REST
+        work = _WORK
         while True:
-            idle = yield from self._watch(True, work, self._with)
-            if not idle:
-                settle = self._settling()
-                idle = yield from self._watch(False, settle, None)
-            if not idle:
-                idle = yield from self._watch(False, rest, self._without)
-            if idle:
+            worked = yield from self._work(work)
+            if worked is None or (yield from self._rest(*worked)):
                 self._share, work = 1.0, _WORK
                 continue
             self._share = self._bearable()
             # A sixth of the round is for learning, however long the settling.
+            _, settle = worked
             whole = (settle + _REST) * (_WORK + _REST) / _REST
             work = min(self._share * whole, whole - settle - _REST)
-            rest = whole - settle - work
 
-    def _watch(
-        self, working: bool, seconds: float, condition: Condition | None
-    ) -> Generator[tuple[bool, float], Part, bool]:
-        """Note what the guest does for some seconds; return whether it does nothing, and the scan may have all."""
-        slices = math.ceil(seconds / _SLICE)
-        for _ in range(slices):
-            seen = yield working, seconds / slices
-            self._idle = seen.is_idle()
-            if self._idle:
+    def _work(
+        self, seconds: float
+    ) -> Generator[tuple[bool, float], Part, tuple[float, float] | None]:
+        """Work and settle; return the seconds that each took, None as soon as the guest does nothing."""
+        worked = 0.0
+        slowest = 0.0
+        for part in self._slices(seconds):
+            seen = yield True, part
+            if self._find_idle(seen):
+                return None
+            self._with.add(seen)
+            worked += seen.seconds
+            slowest = self._slowest(seen)
+        # Until nothing that the scan delayed is under way: once for what the scan itself has begun, once for the
+        # guest's request that waits for it.
+        self._settling = settle = min(2 * slowest, _SETTLE)
+        seen = yield False, settle
+        self._settling = 0.0
+        if self._find_idle(seen):
+            return None
+        return worked + max(seen.seconds - settle, 0.0), settle
+
+    def _rest(self, worked: float, settled: float) -> Generator[tuple[bool, float], Part, bool]:
+        """Rest as long as the share wants after such work; return whether the guest does nothing."""
+        for part in self._slices(max(worked / self._share - worked - settled, _REST)):
+            seen = yield False, part
+            if self._find_idle(seen):
                 return True
-            self._slowest = self._slowest_of(seen)
             # A guest that did nothing meanwhile shows nothing.
-            if condition is not None and (seen.depths.total or seen.counts.any()):
-                condition.add(seen)
+            if seen.depths.total or seen.counts.any():
+                self._without.add(seen)
         return False
 
-    def _slowest_of(self, seen: Part) -> float:
+    def _slices(self, seconds: float) -> list[float]:
+        """Cut a part of a round, so that a guest that falls idle is seen in time."""
+        count = math.ceil(seconds / _SLICE)
+        return [seconds / count] * count
+
+    def _find_idle(self, seen: Part) -> bool:
+        self._idle = seen.is_idle(self._bounds)
+        return self._idle
+
+    def _slowest(self, seen: Part) -> float:
         """Return the seconds of the slowest request that ended; where none did, the last bound stands for it."""
         ended = np.flatnonzero(seen.counts.any(axis=0))
         return float(self._bounds[ended.max(initial=-1)])
-
-    def _settling(self) -> float:
-        """Return the seconds until nothing that the scan delayed is under way: twice the slowest request.
-
-        Once for what the scan itself has begun, once for the guest's request that waits for it.
-        """
-        return min(2 * self._slowest, _SETTLE)
 
     def _bearable(self) -> float:
         """Return the largest share with which the guest's requests as a whole are within the tolerance."""
@@ -310,7 +334,9 @@ class Courtesy:
         # A kind that was not seen without the scan takes what it takes with it.
         served = np.where(without > 0, without, with_scan)
         mixed = float((self._with.mix() - self._without.mix()) @ served)
-        alone, beside = self._without.at_most() + mixed, self._with.at_least()
+        # No request takes less than its serving.
+        alone = max(self._without.at_most() + mixed, float(served @ self._with.mix()))
+        beside = self._with.at_least()
         more = alone * (_MEAN_TOLERANCE - 1)
         # The share s of the time takes `beside`, the rest takes `alone`: s * (beside - alone) = more.
         return 1.0 if beside <= alone + more else more / (beside - alone)

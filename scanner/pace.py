@@ -19,8 +19,11 @@ _ASK_AGAIN = 0.25
 class Courtesy(Protocol):
     """Judges from the guest's own requests when the scan may work."""
 
-    def wait(self) -> float:
-        """Return the seconds after which a worker asks again, 0 if it may take a chunk. From any thread."""
+    def wait(self, at_work: int = 0) -> float:
+        """Return the seconds after which a worker asks again, 0 if it may take a chunk; `at_work` others have one.
+
+        Called by one thread at a time.
+        """
 
     @property
     def guest(self) -> bool:
@@ -64,7 +67,7 @@ class Pace:
         """Return the seconds until a worker may take its next chunk, or asks again; `at_work` others have one."""
         wait = self._paid - now
         if wait <= 0 and self._courtesy is not None:
-            wait = self._courtesy.wait()
+            wait = self._courtesy.wait(at_work)
             if wait <= 0 and self.gentle and at_work >= _BESIDE_A_GUEST:
                 return _ASK_AGAIN
         return max(wait, 0.0)

@@ -42,7 +42,7 @@ _CLASS_BEST_EFFORT, _LOWEST = 2, 7
 
 
 def lower() -> None:
-    """Give the calling thread the lowest priorities; a kernel that refuses is left as it is."""
+    """Give the calling thread the lowest priorities and the longest time slice; what the kernel refuses is left."""
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):
         # On Linux a "process" is a thread here (setpriority(2), NOTES).

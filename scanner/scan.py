@@ -219,8 +219,7 @@ class Scan:
                 self.decisions.granularity,
                 self._note_error,
             )
-            while (chunk := self._next(number)) is not None:
-                desk.gentle = self._pace.gentle
+            while (chunk := self._next(number, desk)) is not None:
                 self._decide(chunk, desk)
                 with self._changed:
                     self._at_work -= 1
@@ -230,10 +229,12 @@ class Scan:
         except BaseException as error:  # noqa: BLE001  # handed to run(), which raises it
             self._fail(f"{type(error).__name__}: {error}", error)
 
-    def _next(self, number: int) -> plan.Run | None:
+    def _next(self, number: int, desk: reader.Reader) -> plan.Run | None:
         """Wait until this thread may work and return its next chunk; None when it is to end."""
         with self._changed:
             while True:
+                if self.decisions.complete:
+                    self._exhaust()
                 if self._halted or self._exhausted or number >= self._wanted:
                     return None
                 wait = None if self._paused else self._pace.delay(self._clock(), self._at_work)
@@ -241,14 +242,18 @@ class Scan:
                     break
                 self._changed.wait(wait)
             self._at_work += 1
+            desk.gentle = self._pace.gentle
         with self._chunks_lock:
             chunk = next(self._chunks, None)
         if chunk is None:
-            # Who rests beside a guest need not see for himself.
             with self._changed:
-                self._exhausted = True
-                self._changed.notify_all()
+                self._exhaust()
         return chunk
+
+    def _exhaust(self) -> None:
+        """End all threads: who rests beside a guest need not find out after the rest."""
+        self._exhausted = True
+        self._changed.notify_all()
 
     def _fail(self, failure: str, bug: BaseException | None) -> None:
         with self._changed:

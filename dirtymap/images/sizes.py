@@ -32,6 +32,13 @@ class Cut:
         """Fill `buffer`; raises OSError."""
         self._image.read_into(start, buffer)
 
+    def read_gently(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`, in short copies where the image can; raises OSError."""
+        if isinstance(self._image, base.CopiedImage):
+            self._image.read_gently(start, buffer)
+        else:
+            self._image.read_into(start, buffer)
+
     def extents(
         self, start: int, length: int, deadline: float | None = None
     ) -> Iterator[extent.Extent]:

@@ -94,12 +94,14 @@ class KeptMount:
     def has_waiting(self) -> bool:
         """Tell whether there are requests that the server has not read yet; for any thread."""
         descriptors = self._descriptors
-        if descriptors is None or descriptors.fuse < 0:
+        # Once: another thread may be closing it.
+        fuse = -1 if descriptors is None else descriptors.fuse
+        if fuse < 0:
             return False
         watch = select.poll()
-        watch.register(descriptors.fuse, select.POLLIN)
+        watch.register(fuse, select.POLLIN)
         # At once: nothing is left behind that each request would wake.
-        return bool(watch.poll(0))
+        return any(event & select.POLLIN for _, event in watch.poll(0))
 
     def open_device(self, mountpoint: str, options: datapath.MountOptions) -> str:
         """Mount, start the keeper, see INIT arrive; return pyfuse3's end of the socket as /dev/fd/N.

@@ -373,11 +373,12 @@ def _owner(live: base.Image) -> filesystem.Owner | None:
 
 
 def _courtesy(way: datapath.Datapath) -> courtesy.Courtesy:
-    """Return what judges the guest's requests: the latencies of its reads, writes and flushes, and its depth."""
+    """Return what judges the guest's requests: the latencies of each kind, and how many are under way."""
 
     def sample() -> courtesy.Histograms:
         guest = way.recorder.statistics()
-        return np.stack([kind.histogram for kind in (guest.read, guest.write, guest.flush)])
+        kinds = (guest.read, guest.write, guest.flush, guest.discard)
+        return np.stack([kind.histogram for kind in kinds])
 
     bounds = [recorder.bucket_end(bucket) / 1e9 for bucket in range(recorder.BUCKETS)]
     return courtesy.Courtesy(sample, np.array(bounds), depth=lambda: way.depth)

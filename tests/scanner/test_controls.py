@@ -263,7 +263,7 @@ class Moody:
         self.guest = guest
         self.asked = 0
 
-    def wait(self) -> float:
+    def wait(self, at_work: int = 0) -> float:
         self.asked += 1
         return self.seconds
 
@@ -289,6 +289,19 @@ async def test_a_courtesy_that_has_changed_its_mind_is_asked_at_once() -> None:
         await fakes.until(lambda: courtesy.asked == 2)
         courtesy.seconds = 0.0
         lab.scan.wake()
+    lab.check_complete()
+
+
+async def test_a_scan_that_is_complete_ends_within_a_rest() -> None:
+    """The last chunk ended with the work, and whoever waited for the end waited for the rest's, up to six seconds."""
+    courtesy = Moody(0.0, guest=False)
+    lab = Lab(courtesy=courtesy)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lab.scan.run)
+        lab.gate.let(CHUNKS - 2)
+        await lab.stopped_at(2)
+        courtesy.seconds = 3600.0
+        lab.gate.let(math.inf)
     lab.check_complete()
 
 

@@ -81,12 +81,19 @@ class Guest:
     def falls_idle(self) -> None:
         self.kinds = []
 
-    def live(self, seconds: float, step: float = 0.02) -> float:
-        """Let time pass and return the part of it that the scan was allowed to work."""
+    def live(self, seconds: float, step: float = 0.02, chunk: float = 0.0) -> float:
+        """Let time pass and return the part of it that the scan worked.
+
+        Two workers ask in each step, unless one is at work: it has begun on a chunk that takes so many seconds.
+        """
         worked = 0
         steps = round(seconds / step)
+        busy = 0.0
         for _ in range(steps):
-            if self.courtesy.wait() == 0:
+            at_work = self.now < busy
+            if self.courtesy.wait(at_work) == 0 and not at_work:
+                at_work, busy = True, self.now + chunk - step / 2
+            if at_work:
                 worked += 1
                 self.felt, self.stopped = 1.0, self.now
             elif self.now - self.stopped >= self.drain:
@@ -127,6 +134,24 @@ def test_a_guest_that_suffers_is_given_way_to() -> None:
     guest.live(10)
     assert guest.courtesy.allowed == pytest.approx(0.05)
     assert guest.live(60) == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("chunk", [0.2, 0.8, 2.0])
+def test_chunks_that_take_long_are_paid_for(chunk: float) -> None:
+    """One is still being read while the other worker asks: the rest was taken to have begun, with the scan in it."""
+    guest = Guest(always(1000), beside(0.0005, 0.0001))
+    guest.live(60, chunk=chunk)
+    assert guest.live(300, chunk=chunk) == pytest.approx(0.05, abs=0.03)
+
+
+@pytest.mark.parametrize(("rate", "alone", "beside_it"), [(10, 0.01, 0.03), (18, 0.005, 0.05)])
+def test_a_guest_of_few_and_short_requests_is_not_taken_for_none(
+    rate: float, alone: float, beside_it: float
+) -> None:
+    """Ten looks find nothing of a tenth of a request in one rest of three."""
+    guest = Guest(always(rate), beside(beside_it, alone))
+    guest.live(60)
+    assert guest.live(120) < 0.25
 
 
 def test_a_guest_that_the_scan_brings_to_a_standstill_is_given_way_to() -> None:

@@ -13,7 +13,7 @@ class Mood:
         self.seconds = wait
         self.guest = guest
 
-    def wait(self) -> float:
+    def wait(self, at_work: int = 0) -> float:
         return self.seconds
 
 

@@ -29,6 +29,10 @@ def test_a_vpc_is_cut_to_the_live_disks_size(tmp_path: pathlib.Path, size: int) 
         buffer = bytearray(size)
         fitted.read_into(0, memoryview(buffer))
         assert buffer == disk.read_bytes()
+        assert isinstance(fitted, base.CopiedImage)
+        gently = bytearray(size)
+        fitted.read_gently(0, memoryview(gently))
+        assert gently == buffer
         assert sum(found.length for found in fitted.extents(0, size)) == size
         fitted.close()
         image.read_into(0, memoryview(buffer))

@@ -23,6 +23,10 @@ Path = str | os.PathLike[str]
 _launcher = futures.ThreadPoolExecutor(1, thread_name_prefix="nbdkit")
 
 
+# Seconds that a server has to end by itself.
+_TO_END = 2.0
+
+
 def _start(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -68,6 +72,11 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Asked first, so that it takes its scripts from /tmp; what it is answering may take for ever.
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_TO_END)
         self.kill()
 
 

@@ -31,8 +31,10 @@ from overlayfs.datapath.kept import SOCKET_BUFFER
 
 __all__ = ["NativeDatapath", "NativeUnavailable"]
 
-# Measured: two threads for what lies in the page cache, four to keep a device busy with O_DIRECT.
-CACHED_THREADS, DEVICE_THREADS = 2, 4
+# Measured: two threads for what lies in the page cache, four where a device is behind it. With O_DIRECT each waits for
+# the device: of a disk's 4 KiB reads and writes at depth 16, four threads reached 0.45 and 0.28, eight 0.66 and 0.39,
+# twelve 0.73 and 0.38, 1 MiB writes 0.96 with eight and 1.1 with twelve.
+CACHED_THREADS, DEVICE_THREADS, DIRECT_THREADS = 2, 4, 12
 # 128 KiB requests beat 1 MiB: they spread over the threads and stay in the processor's cache.
 MAX_WRITE = 128 * 1024
 
@@ -104,8 +106,7 @@ class NativeDatapath:
         what the keeper and what it starts append to, standard error if None. Raises NativeUnavailable.
         """
         program = keeper.program()
-        device = stat.S_ISBLK(os.fstat(live).st_mode)
-        chosen = threads or (DEVICE_THREADS if device or cache == "none" else CACHED_THREADS)
+        chosen = threads or _threads(live, cache)
         direct = _open_direct(live, read_only=read_only) if cache == "none" else -1
         memory = shared.Memory.create(
             size,
@@ -218,6 +219,13 @@ class NativeDatapath:
             os.close(self._live)
             self._live = -1
         self.memory.close()
+
+
+def _threads(live: int, cache: str) -> int:
+    """Return how many threads what lies behind the descriptor `live` wants."""
+    if cache == "none":
+        return DIRECT_THREADS
+    return DEVICE_THREADS if stat.S_ISBLK(os.fstat(live).st_mode) else CACHED_THREADS
 
 
 def _open_direct(live: int, *, read_only: bool) -> int:

@@ -243,6 +243,7 @@ class Courtesy:
     def _start(self) -> None:
         """Begin a first round."""
         self._rounds = self._play()
+        self._settling = 0.0
         self._begin(*next(self._rounds))
 
     def _begin(self, working: bool, seconds: float) -> None:

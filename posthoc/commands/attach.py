@@ -124,7 +124,7 @@ def _add_danger(parser: argparse.ArgumentParser) -> None:
         "--accept-iothread-risk",
         action="store_true",
         help="QEMU below 9.0 with an iothread that a guest's device uses: go on, though the VM aborts if "
-        "posthoc is killed",
+        "posthoc is killed, and may crash if a client of another NBD export is busy",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from dirtymap import errors
 from posthoc.qemu import qmp
 
-# The first version in which an NBD client of a disk in an iothread may go without taking the VM along.
+# The first version whose NBD server is safe in an iothread: its clients may go, and be busy when QEMU drains.
 SAFE_VERSION = qmp.Version(9, 0, 0)
 # A device in QOM, which may be in another: virtio's backend is in what stands on the PCI bus.
 _PERIPHERAL = re.compile(r"(/machine/peripheral(-anon)?/([^/]+))(?:/.*)?")
@@ -173,6 +173,20 @@ async def iothread_danger(monitor: qmp.Monitor, node: str) -> bool:
         return False
     of_node = [device for device in await devices(monitor) if device.node == node]
     return not of_node or not all([await _in_main_thread(monitor, device) for device in of_node])
+
+
+async def endangered_exports(monitor: qmp.Monitor) -> list[str]:
+    """Return the ids of the NBD exports that may crash QEMU when it drains, as each transaction does.
+
+    Below 9.0 a drain wakes the server's coroutines from the main thread while they run in the iothread. Beside
+    a client that wrote, 7.2 crashed after 150 to 1250 transactions, at four different places; 10.0 did not in
+    8000, nor did 7.2 with an export by FUSE. Which thread an export is in is not told: with iothreads, any.
+    """
+    if monitor.version >= SAFE_VERSION or not await _has_iothreads(monitor):
+        return []
+    found = await monitor.execute("query-block-exports")
+    with qmp.understanding("query-block-exports"):
+        return [entry["id"] for entry in found if entry["type"] == "nbd"]
 
 
 async def _has_iothreads(monitor: qmp.Monitor) -> bool:

@@ -295,6 +295,9 @@ class Session:
         for target in self.targets:
             await self.qemu.open_map(target, str(self.place.carrier(target.number)))
         _done("opened")
+        if not self.request.accept_iothread_risk:
+            # Again: another program may have begun to export during a scan of hours.
+            await examined.check_draining(self.monitor)
         await self.qemu.publish(self.targets, _CARRIED)
         _done("published")
 

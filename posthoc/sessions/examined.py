@@ -86,6 +86,8 @@ async def examine(
             f"{monitor.name} is QEMU {monitor.version}: attach needs {OLDEST.major}.{OLDEST.minor} "
             "(block-export-add)"
         )
+    if not request.accept_iothread_risk:
+        await check_draining(monitor)
     left = await leftovers.find(monitor)
     nodes = await survey.nodes(monitor)
     tops = await survey.tops(monitor)
@@ -214,6 +216,22 @@ async def _check_checkpoint(
         raise errors.UserError(
             f"domain {domain.name} has a checkpoint {name} already, of {', '.join(sorted(there))}: name "
             "another, or give that one up (virsh checkpoint-delete; --metadata where its bitmap is lost)"
+        )
+
+
+async def check_draining(monitor: qmp.Monitor) -> None:
+    """Refuse where a transaction may crash QEMU. What a killed session has exported nobody uses."""
+    exports = [
+        name
+        for name in await survey.endangered_exports(monitor)
+        if not attachment.NAME.fullmatch(name)
+    ]
+    if exports:
+        safe = f"{survey.SAFE_VERSION.major}.{survey.SAFE_VERSION.minor}"
+        raise errors.UserError(
+            f"{monitor.name}: QEMU {monitor.version} with iothreads may crash when bitmaps are made while a "
+            f"client of an NBD export is busy (mended in {safe}), and exports {', '.join(exports)}: end that "
+            "first; --accept-iothread-risk goes on, which is safe where no client uses it or no iothread runs it"
         )
 
 

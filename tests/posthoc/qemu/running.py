@@ -282,6 +282,10 @@ def running(
             raise
         try:
             yield instance
+        except BaseException as error:
+            if (status := process.poll()) is not None:
+                error.add_note(f"QEMU ended with {status}: {(where / 'log').read_text()}")
+            raise
         finally:
             instance.stop()
 

@@ -79,6 +79,19 @@ async def test_iothread_danger(
     assert await survey.iothread_danger(Scripted(version, answers), "disk0") == danger
 
 
+@pytest.mark.parametrize(
+    ("version", "objects", "endangered"),
+    [((8, 2, 9), IOTHREAD, ["pull"]), ((8, 2, 9), [], []), ((9, 0, 0), IOTHREAD, [])],
+    ids=["in-a-thread", "no-iothread", "9.0"],
+)
+async def test_endangered_exports(
+    version: tuple[int, int, int], objects: list[dict[str, str]], endangered: list[str]
+) -> None:
+    exports = [{"id": "pull", "type": "nbd"}, {"id": "mount", "type": "fuse"}]
+    answers = {"qom-list": objects, "query-block-exports": exports}
+    assert await survey.endangered_exports(Scripted(version, answers)) == endangered
+
+
 async def test_scsi_disk_does_not_say_its_thread() -> None:
     """Where a device has no such property there is a danger: the controller's may have."""
     answers = {"qom-list": IOTHREAD, "query-block": [block("scsi0-0-0", "disk0")]}

@@ -30,9 +30,9 @@ def fill(path: pathlib.Path, size: int = SIZE) -> pathlib.Path:
     return path
 
 
-@pytest.fixture(params=["python", "native", "forward"])
+@pytest.fixture(params=["python", "native", "direct", "forward"])
 def datapath(request: pytest.FixtureRequest) -> str:
-    """Every form of the disk's data path."""
+    """Every form of the disk's data path; "direct" is native around the host's page cache."""
     name: str = request.param
     return name
 
@@ -97,7 +97,7 @@ def mount(
         yield it
 
 
-@pytest.fixture(scope="module", params=["python", "native", "forward"])
+@pytest.fixture(scope="module", params=["python", "native", "direct", "forward"])
 def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[mounted.Mounted]:

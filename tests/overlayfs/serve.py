@@ -398,6 +398,8 @@ class ForwardServer(Server):
 class NativeServer(Server):
     """The same over the native data path, whose program knows no gates and no broken places."""
 
+    cache = "writeback"
+
     def _path(self, image: Any, granularity: int) -> datapath.Datapath:
         # A socket's path is short; a test's folder need not be.
         self.folder = tempfile.TemporaryDirectory(prefix="posthoc-")
@@ -409,6 +411,7 @@ class NativeServer(Server):
             self.socket,
             read_only=self.read_only,
             threads=self.config.get("threads"),
+            cache=self.cache,
         )
         assert isinstance(path, FailingNative)
         path.failure = trio.Event()
@@ -434,6 +437,12 @@ class NativeServer(Server):
         return [first + i for first, count in self.recorder.written.runs() for i in range(count)]
 
 
+class DirectServer(NativeServer):
+    """The same around the host's page cache."""
+
+    cache = "none"
+
+
 def say(what: dict[str, Any]) -> None:
     print(json.dumps(what), flush=True)
 
@@ -441,7 +450,7 @@ def say(what: dict[str, Any]) -> None:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = json.loads(sys.argv[1])
-    kinds = {"native": NativeServer, "forward": ForwardServer}
+    kinds = {"native": NativeServer, "direct": DirectServer, "forward": ForwardServer}
     return trio.run(kinds.get(config.get("datapath"), Server)(config).run)
 
 

@@ -240,7 +240,7 @@ def test_signal_finishes_the_write_that_is_under_way(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("datapath", "number"),
     [
-        *itertools.product(["python", "native"], [signal.SIGTERM, signal.SIGINT]),
+        *itertools.product(["python", "native", "direct"], [signal.SIGTERM, signal.SIGINT]),
         ("forward", signal.SIGTERM),
     ],
     indirect=["datapath"],

@@ -55,7 +55,10 @@ def scan(mount: mounted.Mounted, reference: pathlib.Path) -> set[int]:
 
 @pytest.mark.parametrize(
     ("granularity", "datapath"),
-    [*itertools.product([512, 65536, 2 << 20], ["python", "native"]), (65536, "forward")],
+    [
+        *itertools.product([512, 65536, 2 << 20], ["python", "native", "direct"]),
+        (65536, "forward"),
+    ],
     indirect=["datapath"],
 )
 def test_thousands_of_writes_of_several_processes(
@@ -65,7 +68,7 @@ def test_thousands_of_writes_of_several_processes(
     race(serve, tmp_path, granularity)
 
 
-@pytest.mark.parametrize("datapath", ["native", "forward"], indirect=True)
+@pytest.mark.parametrize("datapath", ["native", "direct", "forward"], indirect=True)
 @pytest.mark.parametrize("variant", ["thread", "address"])
 def test_the_race_under_sanitizers(serve: Serve, tmp_path: pathlib.Path) -> None:
     """The same, and the server's threads race with nobody but the guest."""

@@ -127,8 +127,8 @@ def test_who_asked_for_the_native_data_path_gets_no_other(tmp_path: Path, mountp
     ("options", "said"),
     [
         (["--datapath", "python", "--cache", "none"], "--cache none is the native data path's"),
-        (["--threads", "16"], "argument --threads: '16' threads: a number from 1 to 15"),
-        (["--threads", "65"], "argument --threads: '65' threads: a number from 1 to 15"),
+        (["--threads", "0"], "argument --threads: '0' threads: a number from 1 to 16"),
+        (["--threads", "17"], "argument --threads: '17' threads: a number from 1 to 16"),
         (["--workers", "65"], "argument --workers: '65' workers: a number from 1 to 64"),
     ],
 )
@@ -141,10 +141,17 @@ def test_options_that_cannot_be_had_are_refused(
     assert said in refused.stderr
 
 
-@pytest.mark.parametrize("count", [1, 3, 15])
-def test_threads(tmp_path: Path, mountpoint: Path, datapath: str, count: int) -> None:
-    live, reference = images.pair(tmp_path)
-    options = ["--threads", str(count), "--datapath", datapath]
+@pytest.mark.parametrize(
+    ("datapath", "options"),
+    [("python", []), ("native", []), ("native", ["--cache", "none"])],
+    ids=["python", "native", "direct"],
+)
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_threads(
+    workdir: Path, mountpoint: Path, datapath: str, options: list[str], count: int
+) -> None:
+    live, reference = images.pair(workdir)
+    options = [*options, "--threads", str(count), "--datapath", datapath]
     with command.mounted(live, reference, mountpoint, *options) as mount:
         expected = f"{datapath}, {count} thread{'s' * (count != 1)}"
         assert command.status(mount)["datapath"] == expected

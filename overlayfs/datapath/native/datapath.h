@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* What the parts of posthoc-datapath know of each other.
  *
- *   guest -> kernel -> /dev/fuse -> server's readers -> disk.c    -> live
+ *   guest -> kernel -> /dev/fuse -> server's readers -> disk.c    -> live, also by way of direct.c
  *                                                    -> control.c -> socket -> pyfuse3 in the session
  *   or, where the session serves the disk:           -> forward.c -> control.c -> ...
  *   keeper: parent of the server, holds every descriptor, starts the next server when one dies
@@ -45,8 +45,12 @@
 /* The largest request or answer of any other inode's data. */
 #define CONTROL_LIMIT (128 * 1024)
 /* Threads beside the ordinary readers: readers for when all of those are stuck, one for when these are too,
- * and one for slow requests. */
+ * and two for slow requests, so that a discard need not wait for a flush. */
 #define SPARES 7
+#define SLOW 2
+#define BESIDES (SPARES + 1 + SLOW)
+/* Requests that may be with an O_DIRECT disk at a time. */
+#define FLIGHTS 16
 /* A request in service at so many deaths of servers is answered with EIO: one may be another's, two a coincidence. */
 #define SUSPECT_LIMIT 3
 
@@ -77,15 +81,21 @@ struct worker {
      * reply lies in the same memory: its header ends where the payload begins. */
     unsigned char *arena;
     pthread_t thread;
+    bool has_thread;
+    struct flight *flight; /* direct.c's, where it has one */
+    bool away;             /* its request is with the disk */
 };
 
 struct server {
     struct environment *environment;
     struct shared_header *shared;
     struct control *control;
+    size_t block; /* direct_block() */
+    bool polled; /* reading /dev/fuse does not wait: direct.c */
     struct queue *slow; /* requests that may take long, for a thread of their own */
     struct queue *late; /* requests read when every thread was stuck, for whichever is free first */
     size_t room; /* of a request, bytes */
+    unsigned readers; /* threads that serve what they read themselves */
     unsigned workers;
     struct worker worker[SHARED_SLOTS];
     int wake; /* eventfd: the main thread looks around */
@@ -110,6 +120,12 @@ int server_main(struct environment *environment);
 void server_end(struct server *server, int code);
 void server_wake(struct server *server);
 unsigned char *locked_memory(struct shared_header *shared, size_t length);
+/* A worker without a thread; NULL if there is no memory for it. */
+struct worker *server_worker(struct server *server);
+/* Reads a request, or takes one that was read when all were stuck, and has it served; false where there is none. */
+bool worker_serve(struct worker *worker, bool (*serve)(struct worker *worker));
+/* What follows a request that was away. */
+void worker_leave(struct worker *worker);
 /* Answers `unique` with an error (0 or positive) and the `length` bytes at the worker's payload. */
 void worker_reply(struct worker *worker, uint64_t unique, int error, size_t length);
 
@@ -117,8 +133,31 @@ void worker_reply(struct worker *worker, uint64_t unique, int error, size_t leng
 bool disk_serve(struct worker *worker);
 /* The same for a thread that must not wait for the disk: what might is left to others. */
 bool disk_serve_later(struct worker *worker);
+/* The same for a thread that must wait for the disk in one place only: direct.c. */
+bool disk_serve_aside(struct worker *worker);
 /* Serves what was left to others, which is the worker's request now. */
 bool disk_serve_now(struct worker *worker);
+/* A read or write between the disk and the worker's payload. */
+struct transfer {
+    bool writes;
+    int flags; /* RWF_... */
+    uint64_t start;
+    size_t length;
+    uint64_t begin; /* clock_nanoseconds() */
+};
+/* Begins the worker's request if it is such a one, and aligned as O_DIRECT wants it: a write is marked now. */
+bool disk_begin(struct worker *worker, struct transfer *transfer);
+/* Ends it and answers, when `moved` bytes of it are moved (or a negative errno says why not): the rest is moved here. */
+void disk_end(struct worker *worker, const struct transfer *transfer, long moved);
+
+/* direct.c: reads and writes of an O_DIRECT disk, many at a time by one thread. */
+/* What O_DIRECT wants both ends of a request to be multiples of: bytes, a page where the kernel does not say. */
+size_t direct_block(int file);
+struct direct *direct_new(struct server *server, unsigned flights);
+/* The thread; its argument is the struct direct. */
+void *direct_run(void *argument);
+/* That of a thread, for who has to signal it. */
+struct worker *direct_worker(struct direct *direct);
 
 /* forward.c: where the session serves the disk, every request. */
 void forward_request(struct worker *worker, size_t length);
@@ -172,6 +211,7 @@ bool queue_push(struct queue *queue, const void *data, size_t length);
 struct packet *queue_pop(struct queue *queue);
 /* Does not wait: NULL where it is empty. */
 struct packet *queue_take(struct queue *queue);
+bool queue_is_empty(const struct queue *queue);
 void queue_close(struct queue *queue);
 
 /* keeper.c */

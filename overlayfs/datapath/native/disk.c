@@ -9,13 +9,35 @@
 
 #include "datapath.h"
 
-/* O_DIRECT wants both ends on a logical block; 4096 holds for every disk there is. A payload always
- * begins on a page. Anything else goes through the page cache, which the kernel keeps coherent. */
-static int descriptor(const struct environment *environment, uint64_t start, size_t length)
+/* O_DIRECT wants both ends on a logical block. A payload always begins on a page. Anything else goes through the
+ * page cache. */
+static int descriptor(const struct worker *worker, uint64_t start, size_t length)
 {
-    if (environment->direct >= 0 && (start | length) % PAGE == 0)
+    const struct environment *environment = worker->server->environment;
+    if (environment->direct >= 0 && (start | length) % worker->server->block == 0)
         return environment->direct;
     return environment->live;
+}
+
+/* A write around the page cache must not meet one through it: where it ends on pages that are dirty again, however far
+ * from what was written to them, the kernel fails the next fsync with EIO (mm/filemap.c: dio_warn_stale_pagecache()).
+ * So those through the cache are alone, and a page that they leave dirty is written before the next around it. */
+static pthread_rwlock_t around = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
+
+static void begin_write(const struct worker *worker, const struct transfer *transfer)
+{
+    if (worker->server->environment->direct < 0)
+        return;
+    if (descriptor(worker, transfer->start, transfer->length) == worker->server->environment->direct)
+        pthread_rwlock_rdlock(&around);
+    else
+        pthread_rwlock_wrlock(&around);
+}
+
+static void end_write(const struct worker *worker)
+{
+    if (worker->server->environment->direct >= 0)
+        pthread_rwlock_unlock(&around);
 }
 
 struct outcome {
@@ -29,78 +51,101 @@ static void *body(struct worker *worker)
     return worker_request(worker) + sizeof(struct fuse_in_header);
 }
 
-static struct outcome disk_read(struct worker *worker)
+/* What a READ moves: nothing beyond the end. Returns an errno. */
+static int plan_read(struct worker *worker, struct transfer *transfer)
 {
-    const struct environment *environment = worker->server->environment;
     uint64_t size = worker->server->shared->size;
-    struct fuse_read_in *in = body(worker);
-    uint64_t start = in->offset;
-    size_t length = in->size, done = 0;
-    faults_crash("crash", start);
-    if (start >= size)
-        return (struct outcome){0};
-    if (length > size - start)
-        length = size - start;
-    if (length > worker->server->room - WRITE_HEAD)
-        return (struct outcome){.error = EINVAL};
-    int file = descriptor(environment, start, length);
-    while (done < length) {
-        ssize_t got = pread(file, worker_payload(worker) + done, length - done, (off_t)(start + done));
+    const struct fuse_read_in *in = body(worker);
+    faults_crash("crash", in->offset);
+    *transfer = (struct transfer){.start = in->offset, .length = in->size};
+    if (in->offset >= size)
+        transfer->length = 0;
+    else if (in->size > size - in->offset)
+        transfer->length = size - in->offset;
+    return transfer->length > worker->server->room - WRITE_HEAD ? EINVAL : 0;
+}
+
+/* What a WRITE moves; as on a block device what crosses the end is cut. Returns an errno. */
+static int plan_write(struct worker *worker, struct transfer *transfer)
+{
+    const struct shared_header *shared = worker->server->shared;
+    const struct fuse_write_in *in = body(worker);
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    faults_crash("crash", in->offset);
+    if (head->len != WRITE_HEAD + in->size)
+        return EIO;
+    if (shared->read_only)
+        return EROFS;
+    if (in->offset >= shared->size)
+        return ENOSPC;
+    uint64_t room = shared->size - in->offset;
+    *transfer = (struct transfer){
+        .writes = true,
+        /* The kernel passes the opener's flags and leaves O_SYNC to us. */
+        .flags = in->flags & O_DSYNC ? RWF_DSYNC : 0,
+        .start = in->offset,
+        .length = in->size < room ? in->size : room,
+    };
+    return 0;
+}
+
+/* Reads on behind the first `done` bytes. */
+static struct outcome read_rest(struct worker *worker, const struct transfer *transfer, size_t done)
+{
+    while (done < transfer->length) {
+        unsigned char *to = worker_payload(worker) + done;
+        uint64_t start = transfer->start + done;
+        size_t length = transfer->length - done;
+        ssize_t got = pread(descriptor(worker, start, length), to, length, (off_t)start);
         if (got < 0 && errno == EINTR)
             continue;
         /* The end of a file that was longer when it was opened: there is nothing true to answer. */
         if (got <= 0)
             return (struct outcome){.error = got ? errno : EIO};
         done += (size_t)got;
-        /* A short read need not end where O_DIRECT may go on. */
-        file = environment->live;
     }
-    return (struct outcome){.length = length, .bytes = length};
+    return (struct outcome){.length = done, .bytes = done};
 }
 
-static struct outcome write_all(struct worker *worker, uint64_t start, size_t length, int flags)
+static struct outcome write_rest(struct worker *worker, const struct transfer *transfer, size_t done)
 {
-    const struct environment *environment = worker->server->environment;
-    int file = descriptor(environment, start, length);
     int error = 0;
-    size_t done = 0;
-    while (done < length && !error) {
-        struct iovec part = {worker_payload(worker) + done, length - done};
-        ssize_t put = pwritev2(file, &part, 1, (off_t)(start + done), flags);
+    while (done < transfer->length && !error) {
+        struct iovec part = {worker_payload(worker) + done, transfer->length - done};
+        uint64_t start = transfer->start + done;
+        int file = descriptor(worker, start, part.iov_len);
+        ssize_t put = pwritev2(file, &part, 1, (off_t)start, transfer->flags);
         if (put < 0 && errno != EINTR)
             error = errno;
         if (put > 0)
             done += (size_t)put;
-        file = environment->live;
     }
-    if (done == 0 && length > 0)
+    if (done == 0 && transfer->length > 0)
         return (struct outcome){.error = error};
     struct fuse_write_out out = {.size = (uint32_t)done};
     memcpy(worker_payload(worker), &out, sizeof out);
     return (struct outcome){.length = sizeof out, .bytes = done};
 }
 
+static struct outcome disk_read(struct worker *worker)
+{
+    struct transfer transfer;
+    int error = plan_read(worker, &transfer);
+    return error ? (struct outcome){.error = error} : read_rest(worker, &transfer, 0);
+}
+
 static struct outcome disk_write(struct worker *worker)
 {
     struct shared_header *shared = worker->server->shared;
-    struct fuse_write_in in;
-    memcpy(&in, body(worker), sizeof in);
-    const struct fuse_in_header *head = (void *)worker_request(worker);
-    faults_crash("crash", in.offset);
-    if (head->len != WRITE_HEAD + in.size)
-        return (struct outcome){.error = EIO};
-    if (shared->read_only)
-        return (struct outcome){.error = EROFS};
-    if (in.offset >= shared->size)
-        return (struct outcome){.error = ENOSPC};
-    /* As a block device: what crosses the end is cut. */
-    uint64_t room = shared->size - in.offset;
-    size_t length = in.size < room ? in.size : room;
-    /* The kernel passes the opener's flags and leaves O_SYNC to us. */
-    int flags = in.flags & O_DSYNC ? RWF_DSYNC : 0;
-    record_begin(shared, worker->slot, in.offset, length);
-    struct outcome outcome = write_all(worker, in.offset, length, flags);
-    record_end(shared, worker->slot, in.offset, length);
+    struct transfer transfer;
+    int error = plan_write(worker, &transfer);
+    if (error)
+        return (struct outcome){.error = error};
+    begin_write(worker, &transfer);
+    record_begin(shared, worker->slot, transfer.start, transfer.length);
+    struct outcome outcome = write_rest(worker, &transfer, 0);
+    record_end(shared, worker->slot, transfer.start, transfer.length);
+    end_write(worker);
     return outcome;
 }
 
@@ -217,17 +262,17 @@ static struct outcome disk_release(struct worker *worker)
 static const struct operation {
     struct outcome (*serve)(struct worker *worker);
     int kind; /* of the statistics, -1: not counted */
-    bool heavy; /* may take as long as the disk likes */
+    enum { QUICK, MOVING, HEAVY } weight; /* does not wait for the disk, may, may for as long as the disk likes */
 } operations[] = {
-    [FUSE_READ] = {disk_read, KIND_READ, false},
-    [FUSE_WRITE] = {disk_write, KIND_WRITE, false},
-    [FUSE_FSYNC] = {disk_fsync, KIND_FLUSH, true},
-    [FUSE_FLUSH] = {disk_flush, -1, false},
-    [FUSE_FALLOCATE] = {disk_fallocate, KIND_DISCARD, true},
-    [FUSE_LSEEK] = {disk_lseek, -1, true},
-    [FUSE_GETATTR] = {disk_getattr, -1, false},
-    [FUSE_SETATTR] = {disk_setattr, -1, false},
-    [FUSE_RELEASE] = {disk_release, -1, false},
+    [FUSE_READ] = {disk_read, KIND_READ, MOVING},
+    [FUSE_WRITE] = {disk_write, KIND_WRITE, MOVING},
+    [FUSE_FSYNC] = {disk_fsync, KIND_FLUSH, HEAVY},
+    [FUSE_FLUSH] = {disk_flush, -1, QUICK},
+    [FUSE_FALLOCATE] = {disk_fallocate, KIND_DISCARD, HEAVY},
+    [FUSE_LSEEK] = {disk_lseek, -1, HEAVY},
+    [FUSE_GETATTR] = {disk_getattr, -1, QUICK},
+    [FUSE_SETATTR] = {disk_setattr, -1, QUICK},
+    [FUSE_RELEASE] = {disk_release, -1, QUICK},
 };
 
 /* What servers have died of is not tried again. Nobody knows how far they came, so what it would have changed is
@@ -254,9 +299,24 @@ static struct outcome give_up(struct worker *worker, uint32_t opcode)
     return (struct outcome){.error = EIO};
 }
 
-static void serve(struct worker *worker, const struct operation *operation)
+/* Counted before the guest can know, so that whoever has seen an answer finds it counted. */
+static void answer(struct worker *worker, const struct fuse_in_header *head, uint64_t begin,
+                   const struct outcome *outcome)
 {
     static _Atomic uint64_t failures;
+    int kind = operations[head->opcode].kind;
+    faults_break_rules(worker->server->shared);
+    faults_delay("before-reply");
+    if (kind >= 0)
+        record_account(worker->slot, (enum shared_kind)kind, outcome->bytes, outcome->error != 0,
+                       clock_nanoseconds() - begin);
+    if (outcome->error == EIO)
+        say_sometimes(&failures, "request failed opcode=%u errno=%d", head->opcode, outcome->error);
+    worker_reply(worker, head->unique, outcome->error, outcome->length);
+}
+
+static void serve(struct worker *worker, const struct operation *operation)
+{
     /* The answer may be written over the request. */
     struct fuse_in_header head;
     memcpy(&head, worker_request(worker), sizeof head);
@@ -264,17 +324,9 @@ static void serve(struct worker *worker, const struct operation *operation)
     uint64_t deaths = suspects_deaths(worker->server->shared, head.unique);
     bool given_up = deaths >= SUSPECT_LIMIT;
     struct outcome outcome = given_up ? give_up(worker, head.opcode) : operation->serve(worker);
-    faults_break_rules(worker->server->shared);
-    faults_delay("before-reply");
-    /* Counted before the guest can know, so that whoever has seen an answer finds it counted. */
-    if (operation->kind >= 0)
-        record_account(worker->slot, (enum shared_kind)operation->kind, outcome.bytes, outcome.error != 0,
-                       clock_nanoseconds() - begin);
     if (given_up)
         say("request answered with EIO opcode=%u servers=%u: died with it", head.opcode, (unsigned)deaths);
-    else if (outcome.error == EIO)
-        say_sometimes(&failures, "request failed opcode=%u errno=%d", head.opcode, outcome.error);
-    worker_reply(worker, head.unique, outcome.error, outcome.length);
+    answer(worker, &head, begin, &outcome);
 }
 
 /* Returns what serves a request, or NULL where it is the session's. */
@@ -307,12 +359,12 @@ bool disk_serve(struct worker *worker)
     struct server *server = worker->server;
     if (!operation)
         return refuse_others(worker);
-    if (!operation->heavy) {
+    if (operation->weight != HEAVY) {
         serve(worker, operation);
         return true;
     }
     /* One reader stays free for reads and writes, whatever the disk makes of its flushes. */
-    bool free = atomic_fetch_add(&server->heavy, 1) + 1 < server->shared->threads;
+    bool free = atomic_fetch_add(&server->heavy, 1) + 1 < server->readers;
     if (free || !queue_push(server->slow, head, head->len))
         serve(worker, operation);
     atomic_fetch_sub(&server->heavy, 1);
@@ -326,7 +378,18 @@ bool disk_serve_later(struct worker *worker)
     struct server *server = worker->server;
     if (!operation)
         return refuse_others(worker);
-    if (!queue_push(operation->heavy ? server->slow : server->late, head, head->len))
+    if (!queue_push(operation->weight == HEAVY ? server->slow : server->late, head, head->len))
+        serve(worker, operation);
+    return true;
+}
+
+bool disk_serve_aside(struct worker *worker)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    const struct operation *operation = operation_of(worker);
+    if (!operation)
+        return refuse_others(worker);
+    if (operation->weight == QUICK || !queue_push(worker->server->slow, head, head->len))
         serve(worker, operation);
     return true;
 }
@@ -336,4 +399,41 @@ bool disk_serve_now(struct worker *worker)
     const struct fuse_in_header *head = (void *)worker_request(worker);
     serve(worker, &operations[head->opcode]);
     return true;
+}
+
+bool disk_begin(struct worker *worker, struct transfer *transfer)
+{
+    const struct fuse_in_header *head = (void *)worker_request(worker);
+    const struct server *server = worker->server;
+    bool writes = head->opcode == FUSE_WRITE;
+    if (head->nodeid != DISK_INODE || !(writes || head->opcode == FUSE_READ))
+        return false;
+    /* What is refused, or moves nothing, is answered where all others are. */
+    if ((writes ? plan_write : plan_read)(worker, transfer) || transfer->length == 0)
+        return false;
+    /* Not smaller blocks: file systems let those wait for each other, in io_submit(2). */
+    if ((transfer->start | transfer->length) % PAGE)
+        return false;
+    if (writes && pthread_rwlock_tryrdlock(&around))
+        return false;
+    transfer->begin = clock_nanoseconds();
+    if (writes)
+        record_begin(server->shared, worker->slot, transfer->start, transfer->length);
+    return true;
+}
+
+void disk_end(struct worker *worker, const struct transfer *transfer, long moved)
+{
+    struct fuse_in_header head;
+    memcpy(&head, worker_request(worker), sizeof head);
+    struct outcome outcome;
+    if (moved < 0)
+        outcome = (struct outcome){.error = (int)-moved};
+    else
+        outcome = (transfer->writes ? write_rest : read_rest)(worker, transfer, (size_t)moved);
+    if (transfer->writes) {
+        record_end(worker->server->shared, worker->slot, transfer->start, transfer->length);
+        end_write(worker);
+    }
+    answer(worker, &head, transfer->begin, &outcome);
 }

@@ -67,7 +67,7 @@ static struct shared_header *map(int memory)
     if (shared == MAP_FAILED)
         return NULL;
     if (shared->magic != SHARED_MAGIC || shared->version != SHARED_VERSION
-        || shared->length != (uint64_t)length || shared->threads + SPARES + 1 > SHARED_SLOTS)
+        || shared->length != (uint64_t)length || shared->threads + BESIDES > SHARED_SLOTS)
         return NULL;
     return shared;
 }

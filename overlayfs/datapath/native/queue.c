@@ -66,10 +66,15 @@ struct packet *queue_pop(struct queue *queue)
     return packet;
 }
 
+bool queue_is_empty(const struct queue *queue)
+{
+    return atomic_load(&queue->length) == 0;
+}
+
 struct packet *queue_take(struct queue *queue)
 {
     /* Asked before every request: no lock where there is nothing. */
-    if (atomic_load(&queue->length) == 0)
+    if (queue_is_empty(queue))
         return NULL;
     pthread_mutex_lock(&queue->mutex);
     struct packet *packet = take(queue);

@@ -10,6 +10,7 @@
  * What servers die of again and again is given up: suspects.c.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <semaphore.h>
 #include <signal.h>
@@ -98,7 +99,7 @@ static void enter(struct worker *worker, uint64_t unique)
     atomic_store_explicit(&worker->slot->unique, unique & ~FUSE_UNIQUE_RESEND, memory_order_relaxed);
 }
 
-static void leave(struct worker *worker)
+void worker_leave(struct worker *worker)
 {
     atomic_store_explicit(&worker->slot->unique, 0, memory_order_relaxed);
     if (atomic_load_explicit(&worker->server->shared->suspected, memory_order_relaxed) > 0)
@@ -118,52 +119,83 @@ static void dispatch(struct worker *worker, size_t length, bool (*serve)(struct 
         forward_request(worker, length);
     else if (!serve(worker))
         control_request(worker->server->control, worker_request(worker), length);
-    leave(worker);
+    if (!worker->away)
+        worker_leave(worker);
 }
 
-/* Serves a request that another thread has read. */
-static void serve_packet(struct worker *worker, struct packet *packet)
+/* Makes what another thread has read the worker's request; returns its length. */
+static ssize_t take_over(struct worker *worker, struct packet *packet)
 {
     size_t length = packet->length;
     memcpy(worker_request(worker), packet->data, length);
     free(packet);
-    dispatch(worker, length, disk_serve_now);
+    return (ssize_t)length;
+}
+
+/* Returns a request's length, negative where there is none. */
+static ssize_t read_request(struct worker *worker)
+{
+    struct server *server = worker->server;
+    ssize_t got = read(server->environment->fuse, worker_request(worker), server->room);
+    if (got >= 0)
+        return got;
+    if (errno == ENODEV || errno == ECONNABORTED) {
+        server_end(server, EXIT_GONE); /* unmounted, or aborted */
+    } else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) { /* ENOENT: aborted before it was read */
+        say("reading requests failed errno=%d", errno);
+        server_end(server, EXIT_BROKEN);
+    }
+    return -1;
+}
+
+/* The same; what was read when all were stuck comes first. */
+static ssize_t receive(struct worker *worker)
+{
+    struct packet *packet = queue_take(worker->server->late);
+    return packet ? take_over(worker, packet) : read_request(worker);
+}
+
+/* The same, and waits for one. Idle before it looks: read_for_others() looks the other way round. */
+static ssize_t await(struct worker *worker, ssize_t (*get)(struct worker *worker))
+{
+    struct server *server = worker->server;
+    struct pollfd fuse = {.fd = server->environment->fuse, .events = POLLIN};
+    atomic_fetch_add(&server->idle, 1);
+    ssize_t got = get(worker);
+    if (got < 0 && server->polled && !atomic_load(&server->ending))
+        poll(&fuse, 1, -1);
+    atomic_fetch_sub(&server->idle, 1);
+    return got;
+}
+
+bool worker_serve(struct worker *worker, bool (*serve)(struct worker *worker))
+{
+    ssize_t got = receive(worker);
+    if (got >= 0)
+        dispatch(worker, (size_t)got, serve);
+    return got >= 0;
+}
+
+static void serve_next(struct worker *worker)
+{
+    ssize_t got = await(worker, receive);
+    if (got >= 0)
+        dispatch(worker, (size_t)got, disk_serve);
 }
 
 static bool serve_late(struct worker *worker)
 {
     struct packet *packet = queue_take(worker->server->late);
     if (packet)
-        serve_packet(worker, packet);
+        dispatch(worker, (size_t)take_over(worker, packet), disk_serve_now);
     return packet;
-}
-
-/* Waits for one request and has it served. */
-static void serve_one(struct worker *worker, bool (*serve)(struct worker *worker))
-{
-    struct server *server = worker->server;
-    atomic_fetch_add(&server->idle, 1);
-    ssize_t got = read(server->environment->fuse, worker_request(worker), server->room);
-    int error = errno;
-    atomic_fetch_sub(&server->idle, 1);
-    if (got >= 0)
-        dispatch(worker, (size_t)got, serve);
-    else if (error == ENODEV || error == ECONNABORTED)
-        server_end(server, EXIT_GONE); /* unmounted, or aborted */
-    else if (error != EINTR && error != EAGAIN && error != ENOENT) { /* ENOENT: aborted before it was read */
-        say("reading requests failed errno=%d", error);
-        server_end(server, EXIT_BROKEN);
-    }
 }
 
 static void *read_requests(void *argument)
 {
     struct worker *worker = argument;
     while (!atomic_load(&worker->server->ending))
-        if (!serve_late(worker))
-            serve_one(worker, disk_serve);
-    while (serve_late(worker)) {
-    }
+        serve_next(worker);
     atomic_fetch_sub(&worker->server->alive, 1);
     return NULL;
 }
@@ -177,8 +209,8 @@ static void *read_when_stuck(void *argument)
         while (sem_wait(&spare_wanted))
             ;
         do
-            if (!atomic_load(&server->ending) && !serve_late(worker))
-                serve_one(worker, disk_serve);
+            if (!atomic_load(&server->ending))
+                serve_next(worker);
         while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
     }
     atomic_fetch_sub(&server->alive, 1);
@@ -193,10 +225,14 @@ static void *read_for_others(void *argument)
     while (!atomic_load(&server->ending)) {
         while (sem_wait(&last_wanted))
             ;
-        do
-            if (!atomic_load(&server->ending))
-                serve_one(worker, disk_serve_later);
-        while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
+        do {
+            ssize_t got = atomic_load(&server->ending) ? -1 : await(worker, read_request);
+            if (got >= 0)
+                dispatch(worker, (size_t)got, disk_serve_later);
+        } while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
+        /* Who is idle now may have looked before the last of them was left. */
+        while (serve_late(worker)) {
+        }
     }
     atomic_fetch_sub(&server->alive, 1);
     return NULL;
@@ -207,36 +243,85 @@ static void *serve_slowly(void *argument)
     struct worker *worker = argument;
     struct packet *packet;
     while ((packet = queue_pop(worker->server->slow)))
-        serve_packet(worker, packet);
+        dispatch(worker, (size_t)take_over(worker, packet), disk_serve_now);
     atomic_fetch_sub(&worker->server->alive, 1);
     return NULL;
 }
 
-static bool start_worker(struct server *server, void *(*run)(void *))
+struct worker *server_worker(struct server *server)
 {
     struct worker *worker = &server->worker[server->workers];
     worker->server = server;
     worker->slot = record_slots(server->shared) + server->workers;
     worker->arena = locked_memory(server->shared, PAGE + server->shared->max_write + PAGE);
     if (!worker->arena)
-        return false;
-    atomic_fetch_add(&server->alive, 1);
-    if (pthread_create(&worker->thread, NULL, run, worker)) {
-        atomic_fetch_sub(&server->alive, 1);
-        return false;
-    }
+        return NULL;
     server->workers++;
-    return true;
+    return worker;
+}
+
+static bool start_thread(struct worker *worker, void *(*run)(void *), void *argument)
+{
+    atomic_fetch_add(&worker->server->alive, 1);
+    worker->has_thread = pthread_create(&worker->thread, NULL, run, argument) == 0;
+    if (!worker->has_thread)
+        atomic_fetch_sub(&worker->server->alive, 1);
+    return worker->has_thread;
+}
+
+static bool start_worker(struct server *server, void *(*run)(void *))
+{
+    struct worker *worker = server_worker(server);
+    return worker && start_thread(worker, run, worker);
+}
+
+/* Of the open file, hence as the server before may have left it. */
+static void set_blocking(int fuse, bool blocking)
+{
+    int flags = fcntl(fuse, F_GETFL);
+    fcntl(fuse, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK);
+}
+
+static bool start_readers(struct server *server, unsigned count)
+{
+    bool started = true;
+    set_blocking(server->environment->fuse, true);
+    server->readers = count;
+    for (unsigned i = 0; i < count; i++)
+        started = started && start_worker(server, read_requests);
+    return started;
+}
+
+/* Threads that have many requests with the disk at a time. Not after a fault: a suspect wants to be served alone. */
+static bool start_direct(struct server *server)
+{
+    struct direct *direct[FLIGHTS];
+    unsigned threads = (unsigned)server->shared->threads, count = 0;
+    if (atomic_load(&server->shared->suspected) == 0)
+        while (count < threads && (direct[count] = direct_new(server, FLIGHTS / threads)))
+            count++;
+    if (count == 0) {
+        say("no asynchronous I/O errno=%d: a thread for each request", errno);
+        return start_readers(server, FLIGHTS);
+    }
+    set_blocking(server->environment->fuse, false);
+    server->polled = true;
+    bool started = true;
+    for (unsigned i = 0; i < count; i++)
+        started = started && start_thread(direct_worker(direct[i]), direct_run, direct[i]);
+    return started;
 }
 
 static bool start_workers(struct server *server)
 {
-    bool started = start_worker(server, serve_slowly) && start_worker(server, read_for_others);
+    bool started = start_worker(server, read_for_others);
+    for (unsigned i = 0; i < SLOW; i++)
+        started = started && start_worker(server, serve_slowly);
     for (unsigned i = 0; i < SPARES; i++)
         started = started && start_worker(server, read_when_stuck);
-    for (unsigned i = 0; i < server->shared->threads; i++)
-        started = started && start_worker(server, read_requests);
-    return started;
+    if (server->environment->direct >= 0)
+        return started && start_direct(server);
+    return started && start_readers(server, (unsigned)server->shared->threads);
 }
 
 /* Readers come back from read() by a signal, which they may miss just before it: hence repeated. */
@@ -246,14 +331,18 @@ static void join_workers(struct server *server)
     queue_close(server->slow);
     while (atomic_load(&server->alive) > 0) {
         for (unsigned i = 0; i < server->workers; i++) {
-            pthread_kill(server->worker[i].thread, SIGUSR1);
+            if (server->worker[i].has_thread)
+                pthread_kill(server->worker[i].thread, SIGUSR1);
             sem_post(&spare_wanted);
             sem_post(&last_wanted);
         }
         nanosleep(&pause, NULL);
     }
     for (unsigned i = 0; i < server->workers; i++)
-        pthread_join(server->worker[i].thread, NULL);
+        if (server->worker[i].has_thread)
+            pthread_join(server->worker[i].thread, NULL);
+    while (server->workers && serve_late(&server->worker[0])) {
+    }
 }
 
 /* From the keeper: a new session's socket, or its wish that this server ends. */
@@ -348,6 +437,7 @@ int server_main(struct environment *environment)
     setrlimit(RLIMIT_CORE, &none);
     server.environment = environment;
     server.shared = environment->shared;
+    server.block = direct_block(environment->direct);
     server.room = WRITE_HEAD + server.shared->max_write;
     /* The kernel gives nothing to who reads with less. */
     if (server.room < FUSE_MIN_READ_BUFFER)

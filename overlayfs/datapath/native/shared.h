@@ -7,7 +7,7 @@
  *   +--------+-------+------+---------+---------+---------+------+------+
  *
  * header   geometry, fixed by the session that makes it; then what a successor must know
- * slots    one for each thread of the server: its sequence number and its statistics
+ * slots    one for each request that the server may be in: its sequence number and its statistics
  * rows     control requests that pyfuse3 has not answered yet
  * restart  the command line of a new session: words, each ended by a zero byte, ended by an empty one
  * session  what a new session must know, in the session's own form; unknown here
@@ -24,7 +24,7 @@
 
 #define SHARED_MAGIC 0x31687461706f7470ULL
 #define SHARED_VERSION 1
-#define SHARED_SLOTS 24
+#define SHARED_SLOTS 26
 #define SHARED_ROWS 4096
 #define SHARED_INIT 256
 #define SHARED_ATTRIBUTES 104
@@ -50,7 +50,7 @@ struct shared_kind_statistics {
 
 struct shared_slot {
     _Alignas(64) _Atomic uint64_t sequence; /* odd while bytes of the disk may be changing */
-    _Atomic uint64_t requests;              /* odd while the thread serves a request */
+    _Atomic uint64_t requests;              /* odd while a request is served */
     _Atomic uint64_t unique;                /* of that request, without FUSE's resend bit, else 0 */
     struct shared_kind_statistics kinds[SHARED_KINDS];
 };

@@ -47,6 +47,14 @@ static bool is_fault(int signal)
     return signal == SIGSEGV || signal == SIGBUS || signal == SIGABRT || signal == SIGILL || signal == SIGFPE;
 }
 
+static bool contains(const uint64_t *values, unsigned count, uint64_t value)
+{
+    for (unsigned i = 0; i < count; i++)
+        if (values[i] == value)
+            return true;
+    return false;
+}
+
 void suspects_note(struct shared_header *shared, int signal)
 {
     struct shared_slot *slots = record_slots(shared);
@@ -55,9 +63,11 @@ void suspects_note(struct shared_header *shared, int signal)
     uint64_t passing = atomic_exchange(&shared->passing, 0);
     if (passing && is_fault(signal))
         note(shared, passing);
+    /* One that a thread leaves to another may still be in the slots of both: that is one death, not two. */
+    uint64_t served[SHARED_SLOTS];
     for (unsigned i = 0; i < SHARED_SLOTS; i++) {
-        uint64_t unique = atomic_exchange(&slots[i].unique, 0);
-        if (unique && !passing && is_fault(signal))
-            note(shared, unique);
+        served[i] = atomic_exchange(&slots[i].unique, 0);
+        if (served[i] && !passing && is_fault(signal) && !contains(served, i, served[i]))
+            note(shared, served[i]);
     }
 }

@@ -23,6 +23,16 @@ def variant() -> str:
     return "product"
 
 
+# For what may differ where requests go around the page cache, and many are with the disk at a time.
+both_ways = pytest.mark.parametrize("cache", ["writeback", "none"])
+
+
+@pytest.fixture
+def cache() -> str:
+    """As `posthoc mount --cache`."""
+    return "writeback"
+
+
 def program(variant: str, *, faults: bool) -> pathlib.Path:
     """Return the build; the product knows no faults, and has a build of its own for them."""
     if variant != "product":
@@ -38,12 +48,13 @@ def fill(folder: pathlib.Path, size: int = SIZE) -> pathlib.Path:
 
 
 @pytest.fixture
-def serve(tmp_path: pathlib.Path, variant: str) -> Serve:
+def serve(tmp_path: pathlib.Path, variant: str, cache: str) -> Serve:
     """`with serve(threads=3) as it:` mounts a disk; with `faults=` over the build that has them."""
 
     def serving(**config: object) -> AbstractContextManager[native.Native]:
         if "live" not in config:
             fill(tmp_path)
+        config = {"cache": cache, **config}
         return native.serving(tmp_path, program(variant, faults="faults" in config), **config)
 
     return serving

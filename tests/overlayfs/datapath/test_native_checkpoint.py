@@ -12,21 +12,25 @@ from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
 SEGMENT = native.SEGMENT
+both_ways = conftest.both_ways
+# Whole pages, which may go around the page cache.
+NEW = b"new!" * 1024
 
 
 def taken(it: native.Native) -> set[int]:
     return native.spread(it.facts()["taken"])
 
 
+@both_ways
 @builds.sanitized
 def test_swap_moves_all_bits_once(mount: native.Native) -> None:
     """What was written before is taken, what is written after is not; commit forgets, back gives back."""
     descriptor = os.open(mount.disk, os.O_RDWR)
-    os.pwrite(descriptor, b"1", 0)
-    os.pwrite(descriptor, b"1", 5 * SEGMENT)
+    os.pwrite(descriptor, b"1" * 4096, 0)
+    os.pwrite(descriptor, b"1" * 4096, 5 * SEGMENT)
     assert mount.ask("swap") == "ok"
-    os.pwrite(descriptor, b"2", 5 * SEGMENT)
-    os.pwrite(descriptor, b"2", 9 * SEGMENT)
+    os.pwrite(descriptor, b"2" * 4096, 5 * SEGMENT)
+    os.pwrite(descriptor, b"2" * 4096, 9 * SEGMENT)
     assert (taken(mount), mount.written()) == ({0, 5}, {5, 9})
     assert mount.ask("back") == "ok"
     assert (taken(mount), mount.written()) == (set(), {0, 5, 9})
@@ -49,6 +53,7 @@ def test_swap_not_committed_is_given_back_when_the_session_dies(serve: Serve) ->
         assert (taken(it), it.written()) == (set(), {0, 1})
 
 
+@both_ways
 @pytest.mark.parametrize("idle", [True, False], ids=["idle", "busy"])
 def test_drain_waits_for_the_writes_in_flight_only(serve: Serve, idle: bool) -> None:
     """It returns at once when there are none, and otherwise with the slowest of them."""
@@ -57,7 +62,7 @@ def test_drain_waits_for_the_writes_in_flight_only(serve: Serve, idle: bool) -> 
             assert it.ask("drain") == "ok"
             return
         descriptor = os.open(it.disk, os.O_RDWR)
-        writer = threading.Thread(target=os.pwrite, args=[descriptor, b"new", 0])
+        writer = threading.Thread(target=os.pwrite, args=[descriptor, NEW, 0])
         writer.start()
         wait.until(lambda: it.written() == {0}, "the write is marked")
         assert it.live.read_bytes()[:3] != b"new"
@@ -67,11 +72,12 @@ def test_drain_waits_for_the_writes_in_flight_only(serve: Serve, idle: bool) -> 
         os.close(descriptor)
 
 
+@both_ways
 def test_drain_ends_when_the_server_dies(serve: Serve) -> None:
     """Its writes are in flight no more; they come again, and are marked again, with the next one."""
     with serve(faults="before-write=2000000") as it:
         descriptor = os.open(it.disk, os.O_RDWR)
-        writer = threading.Thread(target=os.pwrite, args=[descriptor, b"new", 0])
+        writer = threading.Thread(target=os.pwrite, args=[descriptor, NEW, 0])
         writer.start()
         wait.until(lambda: it.written() == {0}, "the write is marked")
         assert it.ask("swap") == "ok"
@@ -97,7 +103,7 @@ def lost_segments(it: native.Native, rounds: int) -> int:
         number = 0
         while not ended.is_set():
             number += 1
-            os.pwrite(disk, number.to_bytes(8, "little"), number % count * SEGMENT)
+            os.pwrite(disk, number.to_bytes(8, "little") * 512, number % count * SEGMENT)
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -121,26 +127,30 @@ def lost_segments(it: native.Native, rounds: int) -> int:
     return lost
 
 
+@both_ways
 @builds.sanitized
 def test_no_segment_is_lost_between_two_checkpoints(serve: Serve) -> None:
     """Swap, drain, read: whatever is written meanwhile is read, or is in the next map."""
-    with serve(faults="before-write=3000") as it:
+    with serve(faults="before-write=3000", threads=2) as it:
         assert lost_segments(it, 60) == 0
 
 
+@both_ways
 def test_marking_after_the_write_alone_would_do_too(serve: Serve) -> None:
     """The second mark, without the drain, loses nothing either: two nets, each holds."""
-    with serve(faults="before-write=3000,no-drain") as it:
+    with serve(faults="before-write=3000,no-drain", threads=2) as it:
         assert lost_segments(it, 60) == 0
 
 
+@both_ways
 def test_the_drain_is_needed_where_only_the_first_mark_is_made(serve: Serve) -> None:
     """With it nothing is lost."""
-    with serve(faults="before-write=3000,no-mark-after") as it:
+    with serve(faults="before-write=3000,no-mark-after", threads=2) as it:
         assert lost_segments(it, 60) == 0
 
 
+@both_ways
 def test_without_the_drain_segments_are_lost(serve: Serve, tmp_path: pathlib.Path) -> None:
     """So the checks above can fail: the same rounds with both nets cut away."""
-    with serve(faults="before-write=3000,no-mark-after,no-drain") as it:
+    with serve(faults="before-write=3000,no-mark-after,no-drain", threads=2) as it:
         wait.until(lambda: lost_segments(it, 60) > 0, "a segment is lost")

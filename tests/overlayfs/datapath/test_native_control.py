@@ -202,6 +202,7 @@ def test_without_resend_a_killed_server_ends_the_mount(serve: Serve) -> None:
         assert not it.is_mounted()
 
 
+@conftest.both_ways
 @builds.sanitized
 @pytest.mark.parametrize("writers", [6, 20])
 def test_status_answers_while_the_disk_hangs(serve: Serve, writers: int) -> None:
@@ -209,7 +210,7 @@ def test_status_answers_while_the_disk_hangs(serve: Serve, writers: int) -> None
     with serve(faults="before-write=500000") as it:
         descriptor = os.open(it.disk, os.O_RDWR)
         threads = [
-            threading.Thread(target=os.pwrite, args=[descriptor, b"slow", i * SEGMENT])
+            threading.Thread(target=os.pwrite, args=[descriptor, b"slow" * 1024, i * SEGMENT])
             for i in range(writers)
         ]
         for thread in threads:

@@ -18,6 +18,8 @@ from tests.overlayfs.datapath import conftest, native
 
 Serve = conftest.Serve
 SEGMENT = native.SEGMENT
+PAGE = 4096
+both_ways = conftest.both_ways
 
 
 class Writer(threading.Thread):
@@ -47,8 +49,10 @@ class Writer(threading.Thread):
             os.close(disk)
 
     def _round(self, disk: int) -> None:
-        start = self._numbers.randrange(*self._range) // 512 * 512
-        data = self._numbers.randbytes(512 * self._numbers.randrange(1, 17))
+        # Whole pages may go around the page cache, other requests may not.
+        unit = self._numbers.choice([512, PAGE])
+        start = self._numbers.randrange(*self._range) // unit * unit
+        data = self._numbers.randbytes(unit * self._numbers.randrange(1, 17))
         data = data[: self._range[1] - start]
         done = os.pwrite(disk, data, start)
         self._model.write(start, data)
@@ -97,6 +101,7 @@ def go_on(writers: list[Writer]) -> None:
     )
 
 
+@both_ways
 @builds.sanitized
 @pytest.mark.parametrize("role", ["server", "keeper", "session"])
 def test_killed_under_load(serve: Serve, role: str) -> None:
@@ -109,6 +114,7 @@ def test_killed_under_load(serve: Serve, role: str) -> None:
         assert it.facts()["description"].startswith("native")
 
 
+@both_ways
 def test_all_killed_in_turns(serve: Serve) -> None:
     """Each has been started by another than its parent, and still everything is replaced."""
     with serve() as it, load(it) as writers:
@@ -130,6 +136,7 @@ def test_all_killed_in_turns(serve: Serve) -> None:
         assert facts["servers"] >= 3
 
 
+@both_ways
 @builds.sanitized
 def test_killed_between_mark_write_and_reply(serve: Serve) -> None:
     """Stretched by delays, a kill hits each place; the write is done again, and is in the map."""
@@ -155,6 +162,7 @@ def test_server_killed_while_the_session_is_stopped(serve: Serve) -> None:
             os.kill(session, signal.SIGCONT)
 
 
+@both_ways
 def test_an_open_disk_goes_on_without_python(serve: Serve) -> None:
     """The session is stopped, then dead with nobody to start it again: readers and writers see nothing of it."""
     with serve(restart=False) as it, contextlib.ExitStack() as stack:
@@ -228,6 +236,7 @@ def test_command_is_done_once_though_the_server_dies(serve: Serve) -> None:
         assert it.pid("session") == session
 
 
+@both_ways
 def test_fio_verifies_under_kills(serve: Serve, tmp_path: pathlib.Path) -> None:
     """Another judge: fio's checksums at depth 16 with direct I/O while servers die."""
     with serve() as it:
@@ -254,6 +263,7 @@ def test_unmounted_while_nobody_serves(serve: Serve) -> None:
         wait.until(lambda: not it.processes(), "no process is left")
 
 
+@both_ways
 def test_keeper_dies_before_the_next_session_is_there(serve: Serve) -> None:
     """Nobody is left who was there at the start, and no reader or writer sees an error."""
     with serve() as it, load(it) as writers:
@@ -284,6 +294,7 @@ def test_keeper_dies_while_the_session_is_stopped(serve: Serve) -> None:
         assert it.facts()["pid"] == session
 
 
+@both_ways
 def test_all_but_the_session_die_at_once(serve: Serve) -> None:
     """Keeper, standby and server: the session, which has every descriptor, starts the next keeper."""
     with serve() as it, load(it) as writers:
@@ -298,6 +309,7 @@ def test_all_but_the_session_die_at_once(serve: Serve) -> None:
         go_on(writers)
 
 
+@both_ways
 def test_everything_dies_at_once(serve: Serve) -> None:
     """Nobody is left who could replace them: the connection ends, and no request hangs."""
     with serve() as it:

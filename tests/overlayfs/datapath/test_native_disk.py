@@ -207,14 +207,18 @@ def test_truncation_is_refused(mount: native.Native) -> None:
     assert mount.disk.stat().st_size == SIZE
 
 
+@conftest.both_ways
 def test_o_sync_and_fsync_are_counted(mount: native.Native) -> None:
     """A flush is one; an O_DSYNC write is a write."""
     with opened(mount.disk, os.O_RDWR | os.O_DSYNC) as disk:
         os.pwrite(disk, b"x" * 512, 0)
+        os.pwrite(disk, b"y" * PAGE, PAGE)
         os.fsync(disk)
         os.fdatasync(disk)
+    assert mount.live.read_bytes()[: 2 * PAGE : 512].startswith(b"x")
+    assert mount.live.read_bytes()[PAGE : 2 * PAGE] == b"y" * PAGE
     guest = mount.facts()["guest"]
-    assert guest["write"][:3] == [1, 512, 0]
+    assert guest["write"][:3] == [2, 512 + PAGE, 0]
     assert guest["flush"][0] >= 2
 
 
@@ -248,6 +252,7 @@ def test_qemu_patterns_discards_and_zeroes(mount: native.Native) -> None:
     assert mount.written() == expected
 
 
+@conftest.both_ways
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_qemu_commands_equal_a_model(mount: native.Native, seed: int) -> None:
     """Writes, zeroes with and without unmapping, discards, in any order: QEMU reads the model's bytes, and exactly
@@ -281,6 +286,7 @@ def test_random_qemu_commands_equal_a_model(mount: native.Native, seed: int) -> 
     assert mount.live.read_bytes() == model.content
 
 
+@conftest.both_ways
 def test_slow_disk(tmp_path: pathlib.Path, serve: Serve) -> None:
     """On a backing that takes its time: marks come first, others are not held up, and everything lands."""
     size = 4 << 20
@@ -305,6 +311,66 @@ def test_slow_disk(tmp_path: pathlib.Path, serve: Serve) -> None:
             assert it.end() == {at // native.SEGMENT for at in range(0, size, size // 8)}
 
 
+def test_many_requests_are_with_the_disk_at_a_time(tmp_path: pathlib.Path, serve: Serve) -> None:
+    """Of one thread, where they go around the page cache: sixteen, and the other four wait their turn."""
+    size = 4 << 20
+    with (
+        qemu.nbdkit("memory", str(size), "delay-write=700ms", filters=["delay"]) as address,
+        qemu.nbdfuse(address, tmp_path / "slow") as live,
+        serve(live=live, cache="none", threads=1) as it,
+    ):
+        with opened(it.disk, os.O_RDWR | os.O_DIRECT) as disk:
+            writers = [
+                threading.Thread(target=os.pwritev, args=[disk, [aligned(b"s" * PAGE)], i * PAGE])
+                for i in range(20)
+            ]
+            for writer in writers:
+                writer.start()
+            wait.until(lambda: it.facts()["depth"] >= 16, "all of them are with the disk")
+            assert it.facts()["guest"]["write"][0] == 0
+            for writer in writers:
+                writer.join()
+        assert live.read_bytes()[: 20 * PAGE] == b"s" * 20 * PAGE
+        assert it.facts()["description"].startswith("native, 1 thread")
+
+
+def test_write_of_a_killed_server_is_over_before_the_next_begins(
+    tmp_path: pathlib.Path, serve: Serve
+) -> None:
+    """It would undo a later write of the same place: the kernel lets no process go before its requests."""
+    log = tmp_path / "log"
+    options = ["memory", str(4 << 20), "delay-write=700ms", f"logfile={log}"]
+    with (
+        qemu.nbdkit(*options, filters=["log", "delay"]) as address,
+        qemu.nbdfuse(address, tmp_path / "slow") as live,
+        serve(live=live, cache="none") as it,
+    ):
+        with opened(it.disk, os.O_RDWR | os.O_DIRECT) as disk:
+            writer = threading.Thread(target=os.pwritev, args=[disk, [aligned(b"s" * PAGE)], 0])
+            writer.start()
+            wait.until(lambda: "Write" in log.read_text(), "the write is with the disk")
+            it.kill("server")
+            writer.join()
+        assert live.read_bytes()[:PAGE] == b"s" * PAGE
+        lines = [line for line in log.read_text().splitlines() if "Write" in line]
+        assert len(lines) == 4
+        assert ["return=0" in line for line in lines] == [False, True, False, True]
+
+
+def test_without_asynchronous_io(serve: Serve) -> None:
+    """Where the kernel has none to give (fs.aio-max-nr), each request has a thread for itself."""
+    with serve(faults="no-aio", cache="none") as it:
+        with opened(it.disk, os.O_RDWR | os.O_DIRECT) as disk:
+            assert os.pwritev(disk, [aligned(b"d" * PAGE)], PAGE) == PAGE
+            buffer = aligned(bytes(PAGE))
+            assert os.preadv(disk, [buffer], PAGE) == PAGE
+            assert buffer[:] == b"d" * PAGE
+        it.kill("server")
+        assert it.disk.read_bytes()[PAGE : 2 * PAGE] == b"d" * PAGE
+        assert "no asynchronous I/O" in it.log
+
+
+@conftest.both_ways
 def test_loop_device_discards_what_ext4_frees(mount: native.Native) -> None:
     """mkfs and a discard of the whole device shrink the image; ext4 checks clean."""
     done = subprocess.run(
@@ -325,6 +391,7 @@ def test_loop_device_discards_what_ext4_frees(mount: native.Native) -> None:
     assert set(range(SIZE // native.SEGMENT)) <= mount.written()
 
 
+@conftest.both_ways
 def test_errors_reach_only_their_request(tmp_path: pathlib.Path, serve: Serve) -> None:
     """A backing with a broken place, by nbdkit's error filter: EIO there, good data around, bits set."""
     backing = tmp_path / "broken"
@@ -339,7 +406,7 @@ def test_errors_reach_only_their_request(tmp_path: pathlib.Path, serve: Serve) -
         try:
             size = (backing / "nbd").stat
             wait.until(lambda: size().st_size == 4 << 20, "nbdfuse serves")
-            with serve(live=backing / "nbd", cache="writeback") as it, opened(it.disk) as disk:
+            with serve(live=backing / "nbd") as it, opened(it.disk) as disk:
                 assert os.pwrite(disk, b"a" * 4096, 0) == 4096
                 (tmp_path / "fail").touch()
                 assert refused(os.pread, disk, 4096, 2 << 20) == errno.EIO

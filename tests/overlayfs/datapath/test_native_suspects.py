@@ -14,6 +14,7 @@ from tests.overlayfs.datapath import conftest, native, test_native_deaths, test_
 Serve = conftest.Serve
 SEGMENT = native.SEGMENT
 PUNCH = test_native_disk.PUNCH_HOLE | test_native_disk.KEEP_SIZE
+both_ways = conftest.both_ways
 # Where nobody else's request begins: those are at multiples of 512.
 POISON = 5 * SEGMENT + 1
 OPENDIR, WRITE = 27, 16
@@ -54,6 +55,7 @@ def slow_writes(it: native.Native, disk: int, count: int) -> list[Request]:
     return writes
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("verb", "call", "dirty"),
     [
@@ -96,6 +98,7 @@ def test_dirty_again_after_a_swap(serve: Serve) -> None:
         os.close(disk)
 
 
+@both_ways
 def test_innocent_requests_beside_it_get_no_error(serve: Serve) -> None:
     """They are in service when the first server dies of it, long enough to be so at every death."""
     with serve(faults=f"crash={POISON},before-write=300000") as it:
@@ -108,6 +111,7 @@ def test_innocent_requests_beside_it_get_no_error(serve: Serve) -> None:
         assert it.end() == {5, 10, 11, 12, 13}
 
 
+@both_ways
 def test_fatal_requests_under_load(serve: Serve) -> None:
     """Writers who check every byte see nothing of servers that die over and over."""
     with serve(faults=f"crash={POISON}") as it, test_native_deaths.load(it) as writers:
@@ -120,6 +124,7 @@ def test_fatal_requests_under_load(serve: Serve) -> None:
         os.close(disk)
 
 
+@both_ways
 def test_killed_from_outside_is_no_fault_of_the_request(serve: Serve) -> None:
     """In service at more deaths than it takes, and done all the same."""
     with serve(faults="before-write=2000000") as it:
@@ -143,6 +148,7 @@ def test_fatal_command_gets_eio(serve: Serve) -> None:
         assert it.log.count("control request answered with EIO") == 1
 
 
+@both_ways
 def test_fatal_answer_becomes_eio(serve: Serve) -> None:
     """The main thread dies of it, which is no fault of those who are in service meanwhile."""
     with serve(faults=f"crash-answer={OPENDIR},before-write=300000") as it:

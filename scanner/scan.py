@@ -4,7 +4,7 @@
     event loop      run(), pause(), rescan() ...           sets flags under the condition, wakes the threads
     threads         next chunk -> read both -> compare -> decide, looking at the flags between chunks
 
-Rules. The write bitmap records before run() is called (DESIGN: a segment's bit is set before its bytes may
+Rules. The write bitmap records before run() is called (a segment's bit is set before its bytes may
 change, and from before the first read); then whatever a thread reads of a segment being written, the map has
 the bit. A thread takes a chunk and decides it, or leaves it undecided; nothing else is shared but the plan,
 the decisions and the flags, each under its own lock.

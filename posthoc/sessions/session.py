@@ -4,7 +4,7 @@
     mount answers -> the scan begins -> ... -> unmounted -> the scan is ended -> the map is written
 
 The write bitmap records from the first moment that the disk can be written through the mount, which is before
-the scanner's first read: that order is what makes the map complete (DESIGN: the ordering rule).
+the scanner's first read: that order is what makes the map complete (the ordering rule).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ the serving processes used for each request. QEMU's export has a dirty bitmap on
 
 --newer names a second, newer qemu-storage-daemon to be measured in the same run. A folder on tmpfs shows what the data
 path itself costs, one on a disk with --cache none what is left of a device.
-Targets (DESIGN): 2 x qemu-storage-daemon 7.2 at depth 1, 2.5 x at depth 16 (version 10: 1.6 x and 2 x); 0.8 of the raw
+Targets: 2 x qemu-storage-daemon 7.2 at depth 1, 2.5 x at depth 16 (version 10: 1.6 x and 2 x); 0.8 of the raw
 device with O_DIRECT.
 """
 

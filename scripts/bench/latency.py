@@ -5,7 +5,7 @@
     scripts/bench/latency.py [--size 2G] [--seconds 5] [--rounds 3] [--depths 1,4] [--folder DIR]
 
 The images are cached, which is the scan at its fastest; the guest writes to 16 MiB of them, so that the rest has to be
-read, and a scan that is complete begins again. Target (DESIGN): the 99th percentile at most 1.2 of that without a scan.
+read, and a scan that is complete begins again. Target: the 99th percentile at most 1.2 of that without a scan.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
     scripts/bench/memory.py [--sizes 1T,4T] [--folder DIR]
 
-Shared pages are counted once (PSS). Target (DESIGN): 80 MiB and 8 MiB more for each TiB, at 64 KiB.
+Shared pages are counted once (PSS). Target: 80 MiB and 8 MiB more for each TiB, at 64 KiB.
 """
 
 import argparse

@@ -8,7 +8,7 @@ the kernel, by the least round) say more than the clock. Nothing here is part of
 
     scripts/bench/scan.py [--size 4G] [--rounds 5] [--granularity 64K] [--changed 0] [--folder DIR]
 
-Targets (DESIGN): 2.5 x cmp, 2 x qemu-img compare, 0.85 of bare pread with as many threads.
+Targets: 2.5 x cmp, 2 x qemu-img compare, 0.85 of bare pread with as many threads.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fio with verification through the mount, engine after engine, for as long as it is let: does anything go wrong?
 
-    scripts/bench/soak.py [--minutes 10] [--datapath native] [--size 512M] [--folder DIR]
+    scripts/bench/soak.py [--minutes 10] [--datapath native] [--cache none] [--size 512M] [--folder DIR]
 
 The scan begins again all the while. At the end the map is compared with the difference between the images.
 """
@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--datapath", default="native")
+    parser.add_argument("--cache", choices=["writeback", "none"], default="writeback")
     parser.add_argument("--size", type=units.parse_size, default=512 << 20)
     parser.add_argument("--folder", help="where the disk is made (a temporary folder)")
     arguments = parser.parse_args()
@@ -77,6 +78,8 @@ def main() -> None:
             "mount",
             "--datapath",
             arguments.datapath,
+            "--cache",
+            arguments.cache,
             "--output",
             output,
             live,

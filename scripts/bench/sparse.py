@@ -4,7 +4,7 @@
 
     scripts/bench/sparse.py [--size 1T] [--data 1G] [--extents 64] [--rounds 5] [--folder DIR]
 
-The data lies in so many extents all over the disk. Target (DESIGN): at most 1.2 x the time of the data alone.
+The data lies in so many extents all over the disk. Target: at most 1.2 x the time of the data alone.
 Read the ratios, not the figures. Nothing here is part of a test run.
 """
 

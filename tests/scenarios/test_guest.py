@@ -85,22 +85,30 @@ umount /mnt
         pytest.param(MAKES_A_FILE_SYSTEM, ["mke2fs"], id="makes-a-file-system-and-trims-it"),
     ],
 )
+@pytest.mark.parametrize(
+    ("datapath", "cache"),
+    [("python", "writeback"), ("native", "writeback"), ("native", "none")],
+    ids=["python", "native", "direct"],
+)
 def test_guest_writes_while_its_disk_is_scanned(
     images: tuple[pathlib.Path, pathlib.Path],
     mountpoint: pathlib.Path,
     datapath: str,
+    cache: str,
     script: str,
     programs: list[str],
 ) -> None:
     """The guest's file system is sound, and the map has every segment that differs."""
     live, reference = images
     carrier = live.parent / "map.qcow2"
-    options: list[command.Path] = [
+    options = [
         "--paused",
         "--rate",
         "16M",
         "--datapath",
         datapath,
+        "--cache",
+        cache,
         "--output",
         carrier,
     ]

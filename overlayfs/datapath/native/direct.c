@@ -22,9 +22,11 @@
 
 #include "datapath.h"
 
-/* So many are answered, taken and submitted in turn: the disk is at work on the first while others are read. 0.70 of
- * the disk's 4 KiB reads at depth 16, with 8 0.61, without a limit 0.56. */
+/* So many are answered, taken and submitted in turn, or one of this length: the disk is at work on some while others
+ * are copied. 0.70 of the disk's 4 KiB reads at depth 16, with 8 0.61, without a limit 0.56; 0.82 of its 128 KiB reads
+ * at depth 4, with four of these at a time 0.54. */
 #define BATCH 4
+#define BATCH_LENGTH (64 * 1024)
 
 struct flight {
     struct direct *direct;
@@ -39,6 +41,7 @@ struct direct {
     int landed; /* eventfd */
     int poll;   /* epoll: of `landed` and /dev/fuse */
     unsigned count, free, begun;
+    long events; /* to be taken at a time, by the length of the last */
     struct flight flights[FLIGHTS];
     struct flight *unused[FLIGHTS]; /* the first `free` */
     struct iocb *batch[BATCH];      /* the first `begun`, which the disk does not know of yet */
@@ -97,13 +100,16 @@ static bool begin(struct worker *worker)
 static unsigned take_requests(struct direct *direct)
 {
     unsigned taken = 0;
-    while (taken < BATCH && direct->free > 0) {
-        struct worker *worker = direct->unused[direct->free - 1]->worker;
-        if (!worker_serve(worker, begin))
+    size_t length = 0;
+    while (taken < BATCH && length < BATCH_LENGTH && direct->free > 0) {
+        struct flight *flight = direct->unused[direct->free - 1];
+        if (!worker_serve(flight->worker, begin))
             break;
         taken++;
-        if (worker->away)
+        if (flight->worker->away) {
+            length += flight->transfer.length;
             direct->free--;
+        }
     }
     return taken;
 }
@@ -115,6 +121,7 @@ static void end(struct flight *flight, long moved)
     flight->worker->away = false;
     worker_leave(flight->worker);
     direct->unused[direct->free++] = flight;
+    direct->events = flight->transfer.length < BATCH_LENGTH ? BATCH : 1;
 }
 
 static void submit(struct direct *direct)
@@ -137,7 +144,7 @@ static unsigned take_events(struct direct *direct, bool patient)
     struct timespec at_once = {0};
     if (direct->free == direct->count)
         return 0;
-    long got = aio_events(direct->context, patient, BATCH, events, patient ? NULL : &at_once);
+    long got = aio_events(direct->context, patient, direct->events, events, patient ? NULL : &at_once);
     for (long i = 0; i < got; i++)
         end((struct flight *)(uintptr_t)events[i].data, (long)events[i].res);
     return got > 0 ? (unsigned)got : 0;
@@ -204,6 +211,7 @@ struct direct *direct_new(struct server *server, unsigned flights)
         direct->unused[direct->free++] = flight;
     }
     direct->count = flights;
+    direct->events = BATCH;
     return direct;
 }
 

@@ -146,7 +146,7 @@ class NativeDatapath:
 
     @property
     def depth(self) -> int:
-        """How many requests the server's threads are in, and one more for all that wait for a thread."""
+        """How many requests the server is in, and one more for all that it has not read yet."""
         return self.recorder.depth + self._mount.has_waiting()
 
     @property

@@ -23,7 +23,7 @@ from dirtymap import bitmap
 from overlayfs import recorder
 
 MAGIC = 0x31687461706F7470
-VERSION = 1
+VERSION = 2
 SLOTS = 26
 ROWS = 4096
 SUSPECTS = 128
@@ -282,7 +282,7 @@ class SharedRecorder(recorder.Recorder):
 
     @property
     def depth(self) -> int:
-        """How many of the server's threads are in a request at this moment."""
+        """How many requests the server is in at this moment."""
         return int((self._slots[:, 1] & 1).sum())
 
     @depth.setter

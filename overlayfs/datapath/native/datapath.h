@@ -44,11 +44,11 @@
 #define WRITE_HEAD (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in))
 /* The largest request or answer of any other inode's data. */
 #define CONTROL_LIMIT (128 * 1024)
-/* Threads beside the ordinary readers: readers for when all of those are stuck, one for when these are too,
- * and two for slow requests, so that a discard need not wait for a flush. */
+/* Threads beside the ordinary readers: readers for when all of those are stuck, one for when these are too, one for
+ * slow requests (of which the kernel asks one at a time: it holds the inode's lock meanwhile), and one for what goes
+ * through the page cache where the rest goes around it. */
 #define SPARES 7
-#define SLOW 2
-#define BESIDES (SPARES + 1 + SLOW)
+#define BESIDES (SPARES + 3)
 /* Requests that may be with an O_DIRECT disk at a time. */
 #define FLIGHTS 16
 /* A request in service at so many deaths of servers is answered with EIO: one may be another's, two a coincidence. */
@@ -82,6 +82,7 @@ struct worker {
     unsigned char *arena;
     pthread_t thread;
     bool has_thread;
+    struct queue *queue; /* whose requests it serves, where it reads none */
     struct flight *flight; /* direct.c's, where it has one */
     bool away;             /* its request is with the disk */
 };
@@ -92,7 +93,8 @@ struct server {
     struct control *control;
     size_t block; /* direct_block() */
     bool polled; /* reading /dev/fuse does not wait: direct.c */
-    struct queue *slow; /* requests that may take long, for a thread of their own */
+    struct queue *slow;  /* requests that may take long, for a thread of their own */
+    struct queue *aside; /* reads and writes that are not for direct.c, for a thread of their own */
     struct queue *late; /* requests read when every thread was stuck, for whichever is free first */
     size_t room; /* of a request, bytes */
     unsigned readers; /* threads that serve what they read themselves */
@@ -101,7 +103,7 @@ struct server {
     int wake; /* eventfd: the main thread looks around */
     _Atomic int ending; /* an exit code + 1 once the threads are to end */
     _Atomic unsigned alive;
-    _Atomic unsigned idle; /* readers waiting in read() */
+    _Atomic unsigned idle; /* threads waiting for a request in read() or poll() */
     _Atomic unsigned heavy; /* readers in requests that may take long */
 };
 
@@ -145,14 +147,21 @@ struct transfer {
     size_t length;
     uint64_t begin; /* clock_nanoseconds() */
 };
-/* Begins the worker's request if it is such a one, and aligned as O_DIRECT wants it: a write is marked now. */
+/* Begins the worker's request if it is such a one, in whole blocks, and no write through the page cache is at work or
+ * waits for its turn: a write is marked now. */
 bool disk_begin(struct worker *worker, struct transfer *transfer);
 /* Ends it and answers, when `moved` bytes of it are moved (or a negative errno says why not): the rest is moved here. */
 void disk_end(struct worker *worker, const struct transfer *transfer, long moved);
 
 /* direct.c: reads and writes of an O_DIRECT disk, many at a time by one thread. */
-/* What O_DIRECT wants both ends of a request to be multiples of: bytes, a page where the kernel does not say. */
+/* Waits until no other server's request is with the disk. */
+void direct_await_others(int file);
+/* Opens the disk once more, so that those of this one can be waited for; false where that cannot be had. */
+bool direct_open(struct environment *environment);
+/* What both ends of a request are multiples of that goes around the page cache: bytes, a page at least. */
 size_t direct_block(int file);
+/* For the thread of a worker with a flight: waits until it has no request with the disk. */
+void direct_finish(struct worker *worker);
 struct direct *direct_new(struct server *server, unsigned flights);
 /* The thread; its argument is the struct direct. */
 void *direct_run(void *argument);

@@ -9,8 +9,7 @@
 
 #include "datapath.h"
 
-/* O_DIRECT wants both ends on a logical block. A payload always begins on a page. Anything else goes through the
- * page cache. */
+/* Around the page cache goes what begins and ends on blocks (direct_block()); the payload always begins on a page. */
 static int descriptor(const struct worker *worker, uint64_t start, size_t length)
 {
     const struct environment *environment = worker->server->environment;
@@ -109,11 +108,14 @@ static struct outcome read_rest(struct worker *worker, const struct transfer *tr
 
 static struct outcome write_rest(struct worker *worker, const struct transfer *transfer, size_t done)
 {
+    int file = descriptor(worker, transfer->start, transfer->length);
     int error = 0;
     while (done < transfer->length && !error) {
         struct iovec part = {worker_payload(worker) + done, transfer->length - done};
         uint64_t start = transfer->start + done;
-        int file = descriptor(worker, start, part.iov_len);
+        /* The rest of a short write around the page cache would go through it, and not alone: the answer is short. */
+        if (done > 0 && descriptor(worker, start, part.iov_len) != file)
+            break;
         ssize_t put = pwritev2(file, &part, 1, (off_t)start, transfer->flags);
         if (put < 0 && errno != EINTR)
             error = errno;
@@ -154,6 +156,7 @@ static struct outcome disk_fsync(struct worker *worker)
     const struct fuse_fsync_in *in = body(worker);
     int live = worker->server->environment->live;
     int result;
+    faults_delay("before-flush");
     do
         result = in->fsync_flags & FUSE_FSYNC_FDATASYNC ? fdatasync(live) : fsync(live);
     while (result && errno == EINTR);
@@ -363,7 +366,8 @@ bool disk_serve(struct worker *worker)
         serve(worker, operation);
         return true;
     }
-    /* One reader stays free for reads and writes, whatever the disk makes of its flushes. */
+    /* One reader stays free for reads and writes, whatever the disk makes of its flushes. (There are none beside
+     * direct.c: then all of them are for the slow thread.) */
     bool free = atomic_fetch_add(&server->heavy, 1) + 1 < server->readers;
     if (free || !queue_push(server->slow, head, head->len))
         serve(worker, operation);
@@ -389,8 +393,13 @@ bool disk_serve_aside(struct worker *worker)
     const struct operation *operation = operation_of(worker);
     if (!operation)
         return refuse_others(worker);
-    if (operation->weight == QUICK || !queue_push(worker->server->slow, head, head->len))
-        serve(worker, operation);
+    struct queue *others = operation->weight == HEAVY ? worker->server->slow : worker->server->aside;
+    if (operation->weight != QUICK && queue_push(others, head, head->len))
+        return true;
+    /* No memory to leave it with others: alone, for this thread's own writes would never let it begin. */
+    if (operation->weight != QUICK)
+        direct_finish(worker);
+    serve(worker, operation);
     return true;
 }
 
@@ -411,8 +420,7 @@ bool disk_begin(struct worker *worker, struct transfer *transfer)
     /* What is refused, or moves nothing, is answered where all others are. */
     if ((writes ? plan_write : plan_read)(worker, transfer) || transfer->length == 0)
         return false;
-    /* Not smaller blocks: file systems let those wait for each other, in io_submit(2). */
-    if ((transfer->start | transfer->length) % PAGE)
+    if (descriptor(worker, transfer->start, transfer->length) != server->environment->direct)
         return false;
     if (writes && pthread_rwlock_tryrdlock(&around))
         return false;
@@ -427,10 +435,10 @@ void disk_end(struct worker *worker, const struct transfer *transfer, long moved
     struct fuse_in_header head;
     memcpy(&head, worker_request(worker), sizeof head);
     struct outcome outcome;
-    if (moved < 0)
+    if (moved < 0 && moved != -EINTR)
         outcome = (struct outcome){.error = (int)-moved};
     else
-        outcome = (transfer->writes ? write_rest : read_rest)(worker, transfer, (size_t)moved);
+        outcome = (transfer->writes ? write_rest : read_rest)(worker, transfer, moved < 0 ? 0 : (size_t)moved);
     if (transfer->writes) {
         record_end(worker->server->shared, worker->slot, transfer->start, transfer->length);
         end_write(worker);

@@ -183,9 +183,8 @@ static void serve_next(struct worker *worker)
         dispatch(worker, (size_t)got, disk_serve);
 }
 
-static bool serve_late(struct worker *worker)
+static bool serve_packet(struct worker *worker, struct packet *packet)
 {
-    struct packet *packet = queue_take(worker->server->late);
     if (packet)
         dispatch(worker, (size_t)take_over(worker, packet), disk_serve_now);
     return packet;
@@ -200,6 +199,12 @@ static void *read_requests(void *argument)
     return NULL;
 }
 
+/* Whether a spare reader has more to do: nobody else reads, or something was left to it. */
+static bool is_wanted(struct server *server)
+{
+    return atomic_load(&server->idle) == 0 || !queue_is_empty(server->late);
+}
+
 /* A reader for when all others wait for the disk, so that the status can be read whatever it does. */
 static void *read_when_stuck(void *argument)
 {
@@ -211,7 +216,7 @@ static void *read_when_stuck(void *argument)
         do
             if (!atomic_load(&server->ending))
                 serve_next(worker);
-        while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
+        while (is_wanted(server) && !atomic_load(&server->ending));
     }
     atomic_fetch_sub(&server->alive, 1);
     return NULL;
@@ -229,27 +234,29 @@ static void *read_for_others(void *argument)
             ssize_t got = atomic_load(&server->ending) ? -1 : await(worker, read_request);
             if (got >= 0)
                 dispatch(worker, (size_t)got, disk_serve_later);
+            /* Who is idle now may have looked before it was left. */
+            if (!queue_is_empty(server->late))
+                sem_post(&spare_wanted);
         } while (atomic_load(&server->idle) == 0 && !atomic_load(&server->ending));
-        /* Who is idle now may have looked before the last of them was left. */
-        while (serve_late(worker)) {
-        }
     }
     atomic_fetch_sub(&server->alive, 1);
     return NULL;
 }
 
-static void *serve_slowly(void *argument)
+static void *serve_queue(void *argument)
 {
     struct worker *worker = argument;
-    struct packet *packet;
-    while ((packet = queue_pop(worker->server->slow)))
-        dispatch(worker, (size_t)take_over(worker, packet), disk_serve_now);
+    while (serve_packet(worker, queue_pop(worker->queue))) {
+    }
     atomic_fetch_sub(&worker->server->alive, 1);
     return NULL;
 }
 
 struct worker *server_worker(struct server *server)
 {
+    static_assert(FLIGHTS + BESIDES <= SHARED_SLOTS, "a slot for each");
+    if (server->workers == SHARED_SLOTS)
+        return NULL;
     struct worker *worker = &server->worker[server->workers];
     worker->server = server;
     worker->slot = record_slots(server->shared) + server->workers;
@@ -275,6 +282,15 @@ static bool start_worker(struct server *server, void *(*run)(void *))
     return worker && start_thread(worker, run, worker);
 }
 
+static bool start_for_queue(struct server *server, struct queue *queue)
+{
+    struct worker *worker = server_worker(server);
+    if (!worker)
+        return false;
+    worker->queue = queue;
+    return start_thread(worker, serve_queue, worker);
+}
+
 /* Of the open file, hence as the server before may have left it. */
 static void set_blocking(int fuse, bool blocking)
 {
@@ -296,17 +312,22 @@ static bool start_readers(struct server *server, unsigned count)
 static bool start_direct(struct server *server)
 {
     struct direct *direct[FLIGHTS];
-    unsigned threads = (unsigned)server->shared->threads, count = 0;
-    if (atomic_load(&server->shared->suspected) == 0)
+    unsigned threads = (unsigned)server->shared->threads, count = 0, before = server->workers;
+    if (atomic_load(&server->shared->suspected) > 0) {
+        say("a thread for each request, since a server has died of one");
+        return start_readers(server, FLIGHTS);
+    }
+    if (direct_open(server->environment))
         while (count < threads && (direct[count] = direct_new(server, FLIGHTS / threads)))
             count++;
-    if (count == 0) {
-        say("no asynchronous I/O errno=%d: a thread for each request", errno);
+    if (count < threads) {
+        say("a thread for each request: no asynchronous I/O errno=%d", errno);
+        server->workers = before;
         return start_readers(server, FLIGHTS);
     }
     set_blocking(server->environment->fuse, false);
     server->polled = true;
-    bool started = true;
+    bool started = start_for_queue(server, server->aside);
     for (unsigned i = 0; i < count; i++)
         started = started && start_thread(direct_worker(direct[i]), direct_run, direct[i]);
     return started;
@@ -314,9 +335,7 @@ static bool start_direct(struct server *server)
 
 static bool start_workers(struct server *server)
 {
-    bool started = start_worker(server, read_for_others);
-    for (unsigned i = 0; i < SLOW; i++)
-        started = started && start_worker(server, serve_slowly);
+    bool started = start_worker(server, read_for_others) && start_for_queue(server, server->slow);
     for (unsigned i = 0; i < SPARES; i++)
         started = started && start_worker(server, read_when_stuck);
     if (server->environment->direct >= 0)
@@ -324,11 +343,18 @@ static bool start_workers(struct server *server)
     return started && start_readers(server, (unsigned)server->shared->threads);
 }
 
+static void serve_rest(struct server *server, struct queue *queue)
+{
+    while (server->workers > 0 && serve_packet(&server->worker[0], queue_take(queue))) {
+    }
+}
+
 /* Readers come back from read() by a signal, which they may miss just before it: hence repeated. */
 static void join_workers(struct server *server)
 {
     const struct timespec pause = {0, 1000000};
     queue_close(server->slow);
+    queue_close(server->aside);
     while (atomic_load(&server->alive) > 0) {
         for (unsigned i = 0; i < server->workers; i++) {
             if (server->worker[i].has_thread)
@@ -341,8 +367,10 @@ static void join_workers(struct server *server)
     for (unsigned i = 0; i < server->workers; i++)
         if (server->worker[i].has_thread)
             pthread_join(server->worker[i].thread, NULL);
-    while (server->workers && serve_late(&server->worker[0])) {
-    }
+    /* What was left to threads that had ended by then. */
+    serve_rest(server, server->slow);
+    serve_rest(server, server->aside);
+    serve_rest(server, server->late);
 }
 
 /* From the keeper: a new session's socket, or its wish that this server ends. */
@@ -438,6 +466,8 @@ int server_main(struct environment *environment)
     server.environment = environment;
     server.shared = environment->shared;
     server.block = direct_block(environment->direct);
+    if (environment->direct >= 0 && !server.shared->read_only)
+        direct_await_others(environment->direct);
     server.room = WRITE_HEAD + server.shared->max_write;
     /* The kernel gives nothing to who reads with less. */
     if (server.room < FUSE_MIN_READ_BUFFER)
@@ -445,6 +475,7 @@ int server_main(struct environment *environment)
     atomic_store(&server.shared->locked, 1);
     server.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     server.slow = queue_new();
+    server.aside = queue_new();
     server.late = queue_new();
     sem_init(&spare_wanted, 0, 0);
     sem_init(&last_wanted, 0, 0);
@@ -452,7 +483,7 @@ int server_main(struct environment *environment)
     prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     set_signals(SIG_BLOCK);
     server.control = control_new(&server);
-    if (server.wake < 0 || !server.slow || !server.late || !server.control) {
+    if (server.wake < 0 || !server.slow || !server.aside || !server.late || !server.control) {
         say("server cannot start errno=%d", errno);
         return EXIT_BROKEN;
     }

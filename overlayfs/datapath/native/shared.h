@@ -23,7 +23,7 @@
 #include <stdint.h>
 
 #define SHARED_MAGIC 0x31687461706f7470ULL
-#define SHARED_VERSION 1
+#define SHARED_VERSION 2
 #define SHARED_SLOTS 26
 #define SHARED_ROWS 4096
 #define SHARED_INIT 256

@@ -2,7 +2,7 @@
 /* Requests that were in service when a server died of a fault (SIGSEGV and the like): one that is always the
  * death of its server would be sent again for ever, and the guest's disk would hang.
  *
- *   in service   each thread's slot says what it serves; whichever thread passes a control request on or its
+ *   in service   each slot says what is served; whichever thread passes a control request on or its
  *                answer back, often another's, says so in the header
  *   suspect      noted by the keeper when that server is dead; the next one serves it alone (server.c), so
  *                that of several which were in service at a death only the guilty one is there at more

@@ -312,7 +312,7 @@ def test_slow_disk(tmp_path: pathlib.Path, serve: Serve) -> None:
 
 
 def test_many_requests_are_with_the_disk_at_a_time(tmp_path: pathlib.Path, serve: Serve) -> None:
-    """Of one thread, where they go around the page cache: sixteen, and the other four wait their turn."""
+    """Of one thread, where they go around the page cache: sixteen; the other four are for who reads when all wait."""
     size = 4 << 20
     with (
         qemu.nbdkit("memory", str(size), "delay-write=700ms", filters=["delay"]) as address,
@@ -334,27 +334,67 @@ def test_many_requests_are_with_the_disk_at_a_time(tmp_path: pathlib.Path, serve
         assert it.facts()["description"].startswith("native, 1 thread")
 
 
-def test_write_of_a_killed_server_is_over_before_the_next_begins(
-    tmp_path: pathlib.Path, serve: Serve
-) -> None:
-    """It would undo a later write of the same place: the kernel lets no process go before its requests."""
-    log = tmp_path / "log"
-    options = ["memory", str(4 << 20), "delay-write=700ms", f"logfile={log}"]
+@contextlib.contextmanager
+def slow_file(folder: pathlib.Path, delay: str) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """A file of 4 MiB that takes its time, and the log of what is asked of it."""
+    folder.mkdir()
+    options = ["memory", str(4 << 20), delay, f"logfile={folder / 'log'}"]
     with (
         qemu.nbdkit(*options, filters=["log", "delay"]) as address,
-        qemu.nbdfuse(address, tmp_path / "slow") as live,
+        qemu.nbdfuse(address, folder / "mnt") as path,
+    ):
+        yield path, folder / "log"
+
+
+@contextlib.contextmanager
+def looked_at(pid: int, folder: pathlib.Path) -> Iterator[None]:
+    """Hold on to a process's memory, as who reads /proc/PID/mem does, for two seconds."""
+    with slow_file(folder, "delay-read=2000ms") as (path, log):
+        start = int(pathlib.Path(f"/proc/{pid}/maps").read_text().partition("-")[0], 16)
+        with opened(path) as slow, mmap.mmap(slow, PAGE) as view:
+            with opened(pathlib.Path(f"/proc/{pid}/mem"), os.O_RDONLY) as memory:
+                # The memory is held while the page that it is to be copied to is being read.
+                reader = threading.Thread(target=os.preadv, args=[memory, [view], start])
+                reader.start()
+                wait.until(lambda: "Read" in log.read_text(), "the reader waits for its page")
+                yield
+                reader.join()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["alone", "looked-at"])
+def test_write_of_a_killed_server_is_over_before_the_next_begins(
+    tmp_path: pathlib.Path, serve: Serve, held: bool
+) -> None:
+    """It would undo a later write of the same place, and may outlive its process where somebody looks at that."""
+    with (
+        slow_file(tmp_path / "disk", "delay-write=1500ms") as (live, log),
         serve(live=live, cache="none") as it,
     ):
+        looking = looked_at(it.pid("server"), tmp_path / "other")
         with opened(it.disk, os.O_RDWR | os.O_DIRECT) as disk:
-            writer = threading.Thread(target=os.pwritev, args=[disk, [aligned(b"s" * PAGE)], 0])
-            writer.start()
-            wait.until(lambda: "Write" in log.read_text(), "the write is with the disk")
-            it.kill("server")
+            with looking if held else contextlib.nullcontext():
+                writer = threading.Thread(target=os.pwritev, args=[disk, [aligned(b"s" * PAGE)], 0])
+                writer.start()
+                wait.until(lambda: "Write" in log.read_text(), "the write is with the disk")
+                it.kill("server")
             writer.join()
         assert live.read_bytes()[:PAGE] == b"s" * PAGE
         lines = [line for line in log.read_text().splitlines() if "Write" in line]
-        assert len(lines) == 4
         assert ["return=0" in line for line in lines] == [False, True, False, True]
+
+
+@conftest.both_ways
+def test_slow_flush_holds_up_no_read(serve: Serve) -> None:
+    """Of whole pages or not: a flush has a thread of its own."""
+    with serve(faults="before-flush=3000000") as it, opened(it.disk) as disk:
+        flush = threading.Thread(target=os.fsync, args=[disk])
+        flush.start()
+        wait.until(lambda: it.facts()["depth"] >= 1, "the flush is at work")
+        content = it.live.read_bytes()
+        assert os.pread(disk, 512, 512) == content[512:1024]
+        assert os.pread(disk, PAGE, PAGE) == content[PAGE : 2 * PAGE]
+        assert flush.is_alive()
+        flush.join()
 
 
 def test_without_asynchronous_io(serve: Serve) -> None:

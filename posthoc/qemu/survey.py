@@ -179,7 +179,7 @@ async def endangered_exports(monitor: qmp.Monitor) -> list[str]:
     """Return the ids of the NBD exports that may crash QEMU when it drains, as each transaction does.
 
     Below 9.0 a drain wakes the server's coroutines from the main thread while they run in the iothread. Beside
-    a client that wrote, 7.2 crashed after 150 to 1250 transactions, at four different places; 10.0 did not in
+    a client that wrote, 7.2 crashed after 150 to 1250 transactions, at three different places; 10.0 did not in
     8000, nor did 7.2 with an export by FUSE. Which thread an export is in is not told: with iothreads, any.
     """
     if monitor.version >= SAFE_VERSION or not await _has_iothreads(monitor):

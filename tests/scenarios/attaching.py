@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scenarios of `attach` share: disks, the command, and a posthoc that meets a signal at a step."""
 
+import contextlib
 import dataclasses
 import pathlib
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import trio
@@ -50,6 +52,20 @@ def pair(
 def server(vm: running.Qemu) -> list[str]:
     """The options for a storage daemon whose NBD server the test writes through."""
     return [] if vm.system else ["--nbd-server", str(vm.server)]
+
+
+@contextlib.contextmanager
+def begun(vm: running.Qemu, disks: Pair, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run `posthoc attach` beside the block, which waits for its end."""
+    words = ("attach", "--qmp", vm.qmp, "--node", "disk0", "--bitmap", "backup0", *options)
+    with subprocess.Popen(
+        command.words(*words, disks.reference),
+        env=command.environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
 
 
 def attach(

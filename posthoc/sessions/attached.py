@@ -295,9 +295,8 @@ class Session:
         for target in self.targets:
             await self.qemu.open_map(target, str(self.place.carrier(target.number)))
         _done("opened")
-        if not self.request.accept_iothread_risk:
-            # Again: another program may have begun to export during a scan of hours.
-            await examined.check_draining(self.monitor)
+        # Again: another program may have begun to export during a scan of hours.
+        await examined.check_draining(self.monitor, self.request)
         await self.qemu.publish(self.targets, _CARRIED)
         _done("published")
 
@@ -392,6 +391,8 @@ class Session:
         maps = [bitmap.Bitmap(disk.node.size, disk.target.granularity) for disk in disks]
         for full in maps:
             full.fill()
+        # That may be what it failed of.
+        await examined.check_draining(self.monitor, self.request)
         await self.qemu.record(self.targets)
         await self._publish(maps)
         await self._close_maps()

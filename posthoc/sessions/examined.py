@@ -86,8 +86,7 @@ async def examine(
             f"{monitor.name} is QEMU {monitor.version}: attach needs {OLDEST.major}.{OLDEST.minor} "
             "(block-export-add)"
         )
-    if not request.accept_iothread_risk:
-        await check_draining(monitor)
+    await check_draining(monitor, request)
     left = await leftovers.find(monitor)
     nodes = await survey.nodes(monitor)
     tops = await survey.tops(monitor)
@@ -219,8 +218,13 @@ async def _check_checkpoint(
         )
 
 
-async def check_draining(monitor: qmp.Monitor) -> None:
-    """Refuse where a transaction may crash QEMU. What a killed session has exported nobody uses."""
+async def check_draining(monitor: qmp.Monitor, request: Request) -> None:
+    """Refuse where a transaction may crash QEMU, unless that is accepted.
+
+    What a killed session has exported nobody uses.
+    """
+    if request.accept_iothread_risk:
+        return
     exports = [
         name
         for name in await survey.endangered_exports(monitor)

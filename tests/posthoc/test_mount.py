@@ -102,9 +102,9 @@ def test_status_has_latencies_and_the_depth(
         assert bounds == sorted(bounds)
         assert writes["p50_us"] in bounds
         assert facts["guest"]["discards"]["latency_us"] == []
-        # The last close() is answered after it returns, and waits for a thread until then.
+        # The last close(), of these files too, is answered after it returns, and waits for a thread until then.
         wait.until(lambda: command.status(mount)["depth"] == 0, "no request is at work")
-        assert "depth: 0\n" in (mount / "status").read_text()
+        wait.until(lambda: "depth: 0\n" in (mount / "status").read_text(), "nor one in words")
 
 
 def test_a_map_is_valid_at_every_moment(tmp_path: Path, mountpoint: Path, datapath: str) -> None:

@@ -259,7 +259,7 @@ struct direct *direct_new(struct server *server, unsigned flights)
         flight->direct = direct;
         flight->worker = server_worker(server);
         if (!flight->worker)
-            return NULL; /* with what there is so far: the server has no memory, and ends */
+            return NULL; /* what there is so far is left lying: a server without memory hardly gets far */
         flight->worker->flight = flight;
         direct->unused[direct->free++] = flight;
     }

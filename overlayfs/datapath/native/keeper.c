@@ -316,13 +316,12 @@ static void server_crashed(struct keeper *keeper, int status)
     }
 }
 
-/* Only here, after waitpid, is nothing of the old server at work on the disk any more. */
+/* Only here, after waitpid, is no thread of the old server at work any more. */
 static void server_reaped(struct keeper *keeper, int status)
 {
     keeper->server = 0;
     close(keeper->channel);
     keeper->channel = -1;
-    record_reset_sequences(keeper->shared);
     suspects_note(keeper->shared, WIFSIGNALED(status) ? WTERMSIG(status) : 0);
     bool gone = WIFEXITED(status) && WEXITSTATUS(status) == EXIT_GONE;
     if (gone || keeper->stopping)
@@ -731,7 +730,6 @@ static void succeed(struct keeper *keeper)
     await_gone(atomic_load(&shared->server_pid), atomic_load(&shared->server_start));
     if (atomic_load(&shared->standby_pid) != (uint64_t)getpid())
         await_gone(atomic_load(&shared->standby_pid), atomic_load(&shared->standby_start));
-    record_reset_sequences(shared);
     suspects_note(shared, 0);
     if (atomic_load(&shared->swap_state) == SWAP_TAKING)
         record_give_back(shared);

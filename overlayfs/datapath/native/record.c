@@ -121,7 +121,7 @@ void record_give_back(struct shared_header *shared)
     atomic_store(&shared->swap_state, SWAP_NONE);
 }
 
-/* After the death of a server: none of its writes is in flight any more. */
+/* For the next server, which has waited until no write of the one before is in flight any more. */
 void record_reset_sequences(struct shared_header *shared)
 {
     struct shared_slot *slots = record_slots(shared);

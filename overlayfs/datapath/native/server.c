@@ -468,6 +468,7 @@ int server_main(struct environment *environment)
     server.block = direct_block(environment->direct);
     if (environment->direct >= 0 && !server.shared->read_only)
         direct_await_others(environment->direct);
+    record_reset_sequences(server.shared);
     server.room = WRITE_HEAD + server.shared->max_write;
     /* The kernel gives nothing to who reads with less. */
     if (server.room < FUSE_MIN_READ_BUFFER)

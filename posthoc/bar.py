@@ -32,6 +32,14 @@ def shown() -> Iterator[offline.Watch | None]:
 
         def watch(now: progress.ScanStatistics) -> None:
             eta = "" if now.eta is None else report.duration(now.eta)
-            bars.update(task, description=now.state, total=now.size, completed=now.scanned, eta=eta)
+            bars.update(
+                task,
+                description=now.state,
+                total=now.size,
+                completed=now.scanned,
+                eta=eta,
+                # Not only every tenth of a second: by then the next disk's scan may have begun.
+                refresh=now.state != progress.SCANNING,
+            )
 
         yield watch
